@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offsets of the statistics segment: engine/layout.h in Python. A test compares the two."""
+
+MAGIC = 0x3154415453424B55
+VERSION = 1
+HEADER_BYTES = 4096
+
+# struct ublkd_shm_header: magic, version, header_bytes, slot_bytes, nr_queues, dev_id, depth,
+# supervisor_pid, start_ns, dev_bytes
+HEADER_FORMAT = "<Q6I3Q"
+DEV_BYTES_OFFSET = 48
+
+OPS = ("read", "write", "flush", "discard", "write_zeroes", "other")
+HIST_BUCKETS = 104
+
+# struct ublkd_shm_queue, before its counters
+QUEUE_WORDS = (
+    "pid",
+    "heartbeat_ns",
+    "passes",
+    "started",
+    "completed",
+    "fua",
+    "python_entries",
+    "run_returns",
+    "retries",
+)
+QUEUE_HEAD_WORDS = 16
+COUNTER_WORDS = 4 + HIST_BUCKETS
+SLOT_WORDS = QUEUE_HEAD_WORDS + len(OPS) * COUNTER_WORDS
+SLOT_BYTES = SLOT_WORDS * 8
+
+
+def segment_bytes(queues: int) -> int:
+    """Size of the segment of a device with that many queues."""
+    return HEADER_BYTES + queues * SLOT_BYTES
+
+
+def name_of(dev_id: int) -> str:
+    """Name of a device's segment: a file below /dev/shm."""
+    return f"ublkd-{dev_id}"
+
+
+def bucket_bounds(index: int) -> tuple[int, int]:
+    """The latencies [low, high) in ns that histogram bucket index counts; layout.h has the rule."""
+    if index == 0:
+        return 0, 1024
+    e, quarter = divmod(index - 1, 4)
+    base = 1 << (e + 10)
+    return base + quarter * base // 4, base + (quarter + 1) * base // 4

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervisor's side of the statistics segment: it alone makes and removes it.
+
+Made before the fork: workers write through the mapping they inherit.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import time
+from multiprocessing import shared_memory
+from typing import Any
+
+from ublkd.shm import layout
+
+
+def _untracked(name: str, size: int) -> shared_memory.SharedMemory:
+    """A new segment that Python's resource tracker knows nothing of.
+
+    The tracker would be one more process per device, and would remove the
+    segment under the workers when a supervisor dies; `track` came with 3.13
+    (https://github.com/python/cpython/issues/82300).
+    """
+    if sys.version_info >= (3, 13):
+        return shared_memory.SharedMemory(name, create=True, size=size, track=False)
+    tracker: Any = shared_memory.resource_tracker  # type: ignore[attr-defined]
+    register = tracker.register
+    tracker.register = lambda *_args: None
+    try:
+        return shared_memory.SharedMemory(name, create=True, size=size)
+    finally:
+        tracker.register = register
+
+
+class Segment:
+    """The segment of one device; .buf is its writable mapping."""
+
+    def __init__(self, dev_id: int, queues: int, depth: int, dev_bytes: int) -> None:
+        name = layout.name_of(dev_id)
+        self.path = f"/dev/shm/{name}"
+        # What a killed supervisor of this number left behind is of no use to anybody now.
+        self.unlink()
+        self._shm = _untracked(name, layout.segment_bytes(queues))
+        os.chmod(self.path, 0o644)
+        mapping: Any = self._shm.buf
+        self.buf = mapping
+        struct.pack_into(
+            layout.HEADER_FORMAT,
+            self.buf,
+            0,
+            layout.MAGIC,
+            layout.VERSION,
+            layout.HEADER_BYTES,
+            layout.SLOT_BYTES,
+            queues,
+            dev_id,
+            depth,
+            os.getpid(),
+            time.time_ns(),
+            dev_bytes,
+        )
+
+    def set_dev_bytes(self, dev_bytes: int) -> None:
+        """Tell the engines of a new device size, bytes."""
+        struct.pack_into("<Q", self.buf, layout.DEV_BYTES_OFFSET, dev_bytes)
+
+    def unlink(self) -> None:
+        """Remove the name; mappings live on."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+    def dev_bytes(self) -> int:
+        """The device size that the engines go by, bytes."""
+        size: int = struct.unpack_from("<Q", self.buf, layout.DEV_BYTES_OFFSET)[0]
+        return size

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line, scripts and ublkd.serve() do with devices. Each call raises UblkdError."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ublkd import inventory, log, targets
+from ublkd.errors import UblkdError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ublkd.config.schema import DeviceSpec
+    from ublkd.targets.base import ControlTarget
+
+
+def _make_target(spec: DeviceSpec) -> ControlTarget:
+    cls = targets.get(spec.target)
+    cls.check(spec)
+    return cls(spec)
+
+
+def _checked(spec: DeviceSpec) -> None:
+    """What a user can get wrong that the spec alone doesn't show."""
+    from ublkd.config.schema import check_cpus
+
+    if spec.cpus:
+        check_cpus(spec.cpus)
+    if spec.number >= 0 and os.path.exists(f"/dev/ublkc{spec.number}"):
+        raise UsageError(
+            f"device number {spec.number} is in use", hint="see `ublkd list`, or give none to get a free one"
+        )
+
+
+def run_foreground(
+    spec: DeviceSpec,
+    *,
+    target: ControlTarget | None = None,
+    on_live: Callable[[dict[str, Any]], None] | None = None,
+    recover_id: int | None = None,
+) -> int:
+    """Serve a device until a signal to stop: exit status. The path goes to stdout once the device is live."""
+    from ublkd.supervisor.supervisor import Supervisor
+
+    if recover_id is None:
+        _checked(spec)
+
+    def announce(record: dict[str, Any]) -> None:
+        print(record["path"], flush=True)
+
+    return Supervisor(
+        spec, target or _make_target(spec), recover_id=recover_id, on_live=on_live or announce
+    ).run()
+
+
+def run_background(spec: DeviceSpec, *, recover_id: int | None = None) -> str:
+    """Serve a device from a process of its own: the path, once it is live."""
+    if recover_id is None:
+        _checked(spec)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    result_r, result_w = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        os.close(result_r)
+        _background(spec, recover_id, result_w)
+    os.close(result_w)
+    try:
+        with open(result_r, "rb") as pipe:
+            answer = pipe.readline()  # not to its end: the workers inherit the other side
+    except BaseException:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
+    result: dict[str, Any] = {"error": "the supervisor died before the device was live"}
+    if answer:
+        result = json.loads(answer)
+    if "path" in result:
+        path: str = result["path"]
+        if result["remark"]:
+            print(f"ublkd: note: {result['remark']}", file=sys.stderr)
+        return path
+    os.waitpid(pid, 0)
+    error = UblkdError(result["error"], hint=result.get("hint", ""))
+    error.exit_status = result.get("status", 1)
+    raise error
+
+
+def log_path(dev_id: int | str) -> str:
+    """Where the supervisor of a device in the background writes its events."""
+    return os.path.join(inventory.runtime_dir(), f"{dev_id}.log")
+
+
+def _answer(fd: int, **result: object) -> None:
+    os.write(fd, json.dumps(result).encode() + b"\n")
+
+
+def _background(spec: DeviceSpec, recover_id: int | None, result_fd: int) -> NoReturn:
+    """The supervisor's own process. Only the outcome of the start goes back to whoever asked for the device."""
+    from ublkd.supervisor.supervisor import explain
+
+    status, live = 1, False
+    log_file = ""
+    try:
+        os.setsid()
+        os.chdir("/")
+        log_file = log_path(f"starting-{os.getpid()}")
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.makedirs(os.path.dirname(log_file), mode=0o755, exist_ok=True)
+            out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o640)
+        except PermissionError:
+            # What else this user may not do says more than a log that can't be had.
+            log_file, out = "", os.dup(null)
+        for fd, to in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(fd, to)
+        os.close(null)
+        os.close(out)
+        log.setup(spec.log_level, spec.log_format)
+
+        def on_live(record: dict[str, Any]) -> None:
+            nonlocal live, log_file
+            live = True
+            if log_file:
+                os.rename(log_file, log_path(record["id"]))
+                log_file = log_path(record["id"])
+            _answer(result_fd, path=record["path"], remark=record["remark"])
+            os.close(result_fd)
+
+        status = run_foreground(spec, on_live=on_live, recover_id=recover_id)
+        if not live:
+            _answer(result_fd, error="stopped before the device was live")
+    except BaseException as e:
+        if live:
+            log.get().error("the supervisor failed", reason=str(e), exc_info=not isinstance(e, UblkdError))
+        else:
+            _answer(result_fd, **explain(e))
+        status = getattr(e, "exit_status", 1)
+    finally:
+        # Without a device there is nothing to read about; one that was given up keeps its log.
+        if log_file and (status == 0 or not live):
+            try:
+                os.unlink(log_file)
+            except OSError:
+                pass
+        os._exit(status)
+
+
+def plan(spec: DeviceSpec) -> dict[str, Any]:
+    """What run or add would do with spec. Opens and checks what is behind the device; makes none."""
+    from ublkd.control import uapi
+    from ublkd.control.commands import Control
+    from ublkd.supervisor import create, placement
+
+    _checked(spec)
+    target = _make_target(spec)
+    limits = target.open()
+    try:
+        out: dict[str, Any] = {
+            "target": spec.target,
+            "backing": target.backing(),
+            "queues": spec.queues,
+            "depth": spec.depth,
+            "max_io_size": spec.max_io_size,
+            **limits._asdict(),
+            **target.details(),
+        }
+        # The queues' own masks are known only once there is a device; any CPU stands in for them.
+        topo = placement.topology()
+        masks = [set(topo) for _ in range(spec.queues)]
+        out["cpus"] = placement.place(masks, spec.cpus, topo)
+        try:
+            with Control() as ctl:
+                features = ctl.get_features()
+            out["transport"] = create.choose_transport(spec, target, features)
+            out["flags"] = uapi.flag_names(create.choose_flags(spec, out["transport"], features))
+        except UblkdError as e:
+            if isinstance(e, UsageError):
+                raise
+            out["driver"] = f"{e.message} ({e.hint})" if e.hint else e.message
+        return out
+    finally:
+        target.close(discard=True)
+
+
+def _record_of(dev_id: int) -> dict[str, Any]:
+    record = inventory.read_record(dev_id)
+    if record is None:
+        raise UblkdError(f"device {dev_id} is not one of ublkd's", hint="`ublkd list` shows what there is")
+    return record
+
+
+def _spec_of(record: dict[str, Any]) -> DeviceSpec:
+    from ublkd.config.schema import DeviceSpec
+
+    return DeviceSpec.from_dict(record["settings"])
+
+
+def _is_served(record: dict[str, Any]) -> bool:
+    supervisor = record["supervisor"]
+    return inventory.alive(supervisor["pid"], supervisor["start_time"])
+
+
+def recover(dev_id: int, background: bool = True) -> str:
+    """Take over a device whose supervisor died, with the settings it had: its path."""
+    record = _record_of(dev_id)
+    if _is_served(record):
+        raise UblkdError(
+            f"device {dev_id} is served by process {record['supervisor']['pid']}", hint="there is nothing to recover"
+        )
+    if record["boot_id"] != inventory.boot_id():
+        raise UblkdError(f"device {dev_id} went with the last boot", hint="`ublkd cleanup` removes its record")
+    spec = _spec_of(record)
+    if background:
+        return run_background(spec, recover_id=dev_id)
+    run_foreground(spec, recover_id=dev_id)
+    path: str = record["path"]
+    return path
+
+
+def users_of(dev_id: int) -> list[str]:
+    """What holds the disk: mount points, swap, other devices on top of it. Partitions are looked at too."""
+    from ublkd.supervisor.mounts import disk_and_partitions, mount_points
+
+    parts = disk_and_partitions(dev_id)
+    found = []
+    for part in parts:
+        try:
+            found += [f"used by /dev/{holder}" for holder in os.listdir(f"/sys/class/block/{part}/holders")]
+        except OSError:
+            continue
+    found += [f"mounted on {point}" for point in reversed(mount_points(dev_id))]
+    with open("/proc/swaps") as f:
+        found += [f"swap on {line.split()[0]}" for line in f if line.split()[0] in {f"/dev/{p}" for p in parts}]
+    return found
+
+
+def stop_device(dev_id: int, force: bool = False, timeout: float = 30.0) -> None:
+    """Stop and remove a device, whoever serves it or doesn't. In use: refused without force."""
+    users = users_of(dev_id)
+    if users and not force:
+        raise UblkdError(
+            f"device {dev_id} is in use: {', '.join(users)}", hint="unmount it first; --force stops it all the same"
+        )
+    record = inventory.read_record(dev_id)
+    if record is None or not _is_served(record):
+        inventory.remove_device(dev_id, timeout, force)
+        return
+    pid = record["supervisor"]["pid"]
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        inventory.remove_device(dev_id, timeout, force)
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if not _wait_exit(pidfd, timeout / 2 if force else timeout):
+            if not force:
+                raise UblkdError(
+                    f"device {dev_id} is still answering requests after {timeout:.0f} seconds",
+                    hint="wait and look at `ublkd list`, or --force to stop waiting for them",
+                )
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)  # the second one: requests in flight are given up
+            if not _wait_exit(pidfd, timeout / 2):
+                raise UblkdError(
+                    f"the supervisor of device {dev_id} (process {pid}) does not stop", hint=f"see {log_path(dev_id)}"
+                )
+    except PermissionError:
+        raise UblkdError(f"device {dev_id} may not be stopped by this user", hint="run as root") from None
+    finally:
+        os.close(pidfd)
+
+
+def _wait_exit(pidfd: int, timeout: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout * 1000))
+
+
+def resize(dev_id: int, new_size: int | None) -> int:
+    """Give a live device a new size, bytes (None: that of its backing file now): the size it has then."""
+    import mmap
+    import struct
+
+    from ublkd.control.commands import Control
+    from ublkd.shm import layout
+
+    record = _record_of(dev_id)
+    if not _is_served(record):
+        raise UblkdError(f"device {dev_id} is not served", hint=f"`ublkd recover {dev_id}` first")
+    spec = _spec_of(record)
+    spec.block_size = record["block_size"]  # what it came to, not only what was asked for
+    size = _make_target(spec).resized(new_size)
+    if size == record["size"]:
+        return size
+    with Control() as ctl:
+        if not ctl.get_features().has("UPDATE_SIZE"):
+            raise UblkdError("this driver can't resize a live device", hint="it needs UPDATE_SIZE (Linux 6.16)")
+        fd = os.open(f"/dev/shm/{layout.name_of(dev_id)}", os.O_RDWR | os.O_CLOEXEC)
+        with mmap.mmap(fd, layout.HEADER_BYTES) as header:
+            os.close(fd)
+
+            def tell_engines() -> None:
+                struct.pack_into("<Q", header, layout.DEV_BYTES_OFFSET, size)
+
+            # The engines must never refuse what the kernel takes for part of the disk.
+            if size > record["size"]:
+                tell_engines()
+                ctl.update_size(dev_id, size)
+            else:
+                ctl.update_size(dev_id, size)
+                tell_engines()
+    record["size"] = size
+    inventory.write_record(record)
+    return size

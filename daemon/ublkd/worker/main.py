@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a worker, from the fork on. Nothing here returns to the code that forked."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from ublkd import native
+from ublkd.errors import UblkdError
+
+if TYPE_CHECKING:
+    from ublkd.control.commands import Control
+    from ublkd.targets.base import ControlTarget
+
+EXIT_DONE = 0
+EXIT_BOOT = 3  # never served; the reason went through the status pipe
+EXIT_FAILED = 4  # served, then had to give up; likewise
+
+
+class WorkerPlan(NamedTuple):
+    """All that a worker needs to know, made before the fork."""
+
+    dev_id: int
+    qid: int
+    cpu: int
+    cdev_fd: int
+    depth: int
+    max_io_bytes: int
+    transport: int
+    dev_bytes: int
+    cmdbufs: list[native.CommandBuffer]
+    shm: Any
+    target: ControlTarget
+    status_fd: int
+    supervisor_pid: int
+    close_fds: list[int]
+    control: Control
+
+
+def tell(fd: int, **message: object) -> None:
+    """One line of JSON to the supervisor; one write, so that it arrives whole."""
+    os.write(fd, json.dumps(message).encode() + b"\n")
+
+
+def _settle(plan: WorkerPlan) -> None:
+    """Become a worker: own signals, own CPU, nothing of the others' left open."""
+    native.die_with_parent(plan.supervisor_pid)
+    # The supervisor decides when to go; a Ctrl-C at the terminal reaches us too.
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(sig, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    native.set_title(f"ublkd-{plan.dev_id}/q{plan.qid}")
+    for fd in plan.close_fds:
+        os.close(fd)
+    plan.control.close()
+    # A mapping of another queue would keep the device from being released when its worker has died.
+    for qid, cmdbuf in enumerate(plan.cmdbufs):
+        if qid != plan.qid:
+            cmdbuf.close()
+    os.sched_setaffinity(0, {plan.cpu})
+    # Our CPU is the one that submits to our queue: woken for each request we would push the submitter aside, and
+    # never see more than one at a time. A batch task waits for its turn.
+    with suppress(OSError):  # some containers forbid it, and it is only speed
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _serve(plan: WorkerPlan) -> None:
+    target = plan.target.engine_target(plan.qid)
+    queue = native.Queue(
+        cdev_fd=plan.cdev_fd,
+        qid=plan.qid,
+        depth=plan.depth,
+        max_io_bytes=plan.max_io_bytes,
+        transport=plan.transport,
+        dev_bytes=plan.dev_bytes,
+        cmdbuf=plan.cmdbufs[plan.qid],
+        shm=plan.shm,
+        target=target,
+    )
+    tell(plan.status_fd, ready=True)
+    try:
+        while queue.run() != native.RUN_DONE:
+            pass
+    finally:
+        queue.close()
+        target.close()
+
+
+def main(plan: WorkerPlan) -> NoReturn:
+    """Serve plan's queue until the device stops. Called in the forked child."""
+    status = EXIT_DONE
+    try:
+        _settle(plan)
+        gc.enable()
+        _serve(plan)
+    except BaseException as e:
+        status = EXIT_BOOT
+        hint = e.hint if isinstance(e, UblkdError) else ""
+        text = e.message if isinstance(e, UblkdError) else e.strerror if isinstance(e, OSError) else ""
+        try:
+            tell(plan.status_fd, error=text or f"{type(e).__name__}: {e}", hint=hint)
+        except OSError:
+            status = EXIT_FAILED
+    finally:
+        # Not sys.exit(): what the supervisor registered to run at exit is not ours to run.
+        os._exit(status)

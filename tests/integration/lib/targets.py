@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python targets that the tests serve, good and bad."""
+
+import errno
+import os
+
+import ublkd
+
+
+class Disk(ublkd.Target):
+    """A RAM disk that any number of queues serve, with every operation there is."""
+
+    multiprocess = True
+    fua = True
+
+    def prepare(self, spec):
+        self.data = spec.shared(spec.size)
+
+    def read(self, req):
+        req.copy_from(self.data)
+
+    def write(self, req):
+        req.copy_to(self.data)
+
+    def flush(self, req):
+        pass
+
+    discard = write_zeroes = write
+
+
+class Batches(Disk):
+    """The same, in batches."""
+
+    operations = ("read", "write", "flush", "discard", "write_zeroes")
+
+    def handle(self, batch):
+        batch.copy_from(self.data)
+        batch.copy_to(self.data)
+
+
+class Sparse(ublkd.Target):
+    """Zeroes, but for a bad sector at 64 KiB; its own size."""
+
+    size = 1 << 20
+
+    def read(self, req):
+        if req.offset <= 65536 < req.offset + req.length:
+            raise OSError(errno.ENODATA, "bad sector")
+        req.zero()
+
+
+class SingleProcess(Disk):
+    """Not for several queues."""
+
+    multiprocess = False
+
+
+class NoRead(ublkd.Target):
+    """Lacks what every target needs."""
+
+    size = 1 << 20
+
+
+class RaisesInPrepare(Disk):
+    """Fails before there is a device."""
+
+    def prepare(self, spec):
+        raise ValueError("no such shelf")
+
+
+class RaisesInOpen(Disk):
+    """Fails in a worker."""
+
+    def open(self, spec):
+        raise OSError(errno.EACCES, "the vault is closed")
+
+
+class DiesInOpen(Disk):
+    """Takes its worker along."""
+
+    def open(self, spec):
+        if spec.queue == spec.queues - 1:
+            os.kill(os.getpid(), 9)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn /dev/kmsg records into text, and find in it what no test may leave behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_SPLAT = re.compile(
+    r"""^(?:WARNING:|BUG:|Oops\b|INFO:\ task\ |INFO:\ lockdep|INFO:\ trying\ to\ register)
+    |\bkernel\ BUG\ at\b
+    |\bKernel\ panic\b
+    |\bblocked\ for\ more\ than\b
+    |\b(?:KASAN|UBSAN|KCSAN|KFENCE|KMSAN):
+    |\b(?:general\ protection\ fault|unable\ to\ handle)\b
+    |\bpossible\ (?:circular|recursive)\ locking\b|\binconsistent\ lock\ state\b|\bsuspicious\ RCU\ usage\b
+    |\b(?:soft\ lockup|hard\ LOCKUP)\b|\bself-detected\ stall\b|\bdetected\ (?:expedited\ )?stalls\b
+    |\blist_(?:add|del)\ corruption\b|^refcount_t:|\bDEBUG_LOCKS_WARN_ON\b
+    |\bWARNING:\ CPU:""",
+    re.VERBOSE,
+)
+
+# 7.2.12 prints this once at the first registered-buffer I/O of a boot: a bound annotation, nothing of ours.
+_ALLOWED = re.compile(r"UBSAN: .* in \S*io_uring/rsrc\.c")
+
+_REGISTERS = re.compile(r"\] (?:R[A-Z0-9]{2}|RIP: 0033|RSP|CR\d|[CFGD]S|PKRU|DR\d|Code): ?")
+
+_ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
+
+_TIMESTAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?")
+
+
+def format_record(record: str) -> list[str]:
+    """The lines of one /dev/kmsg record as ``dmesg`` prints them; none for its ``KEY=value`` lines."""
+    head, found, text = record.partition(";")
+    fields = head.split(",")
+    if not found or record.startswith(" ") or len(fields) < 3 or not fields[2].isdigit():
+        return []
+    seconds, micros = divmod(int(fields[2]), 1_000_000)
+    text = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    return [f"[{seconds:5d}.{micros:06d}] {line}" for line in text.split("\n")]
+
+
+def format_records(raw: str) -> list[str]:
+    """All complete records of a /dev/kmsg stream as dmesg lines."""
+    complete = raw[: raw.rfind("\n") + 1]
+    # not splitlines(): a record may hold characters that it takes for line ends
+    return [line for record in complete.split("\n") for line in format_record(record)]
+
+
+def find_splats(lines: Iterable[str]) -> list[str]:
+    """The lines that make a kernel log dirty, without those known to be harmless."""
+    return [line.rstrip() for line in lines if is_splat(line)]
+
+
+def is_splat(line: str) -> bool:
+    """Whether a dmesg line, with or without its time, begins a report of a kernel bug."""
+    text = _TIMESTAMP.sub("", line)
+    return bool(_SPLAT.search(text)) and not _ALLOWED.search(text)
+
+
+def excerpt(lines: list[str], after: int = 25) -> list[str]:
+    """The first splat with the trace that follows it, then the other splats."""
+    hits = [number for number, line in enumerate(lines) if is_splat(line)]
+    if not hits:
+        return []
+    end = hits[0] + after
+    return without_registers(lines[hits[0] : end]) + [lines[number] for number in hits if number >= end]
+
+
+def without_idle_cpus(lines: list[str]) -> list[str]:
+    """The answer to SysRq-l without the backtraces of CPUs that had nothing to do."""
+    kept: list[str] = []
+    section: list[str] = []
+    for line in [*lines, "NMI backtrace for cpu"]:
+        if "NMI backtrace for cpu" in line:
+            kept += [] if any("Comm: swapper/" in text for text in section) else section
+            section = []
+        section.append(line)
+    return kept
+
+
+def without_registers(lines: list[str]) -> list[str]:
+    """A trace without its register dumps, which tell little and fill the screen."""
+    return [line for line in lines if not _REGISTERS.search(line)]
