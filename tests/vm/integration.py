@@ -19,6 +19,7 @@ TESTS = "tests/integration"
 
 _TOP = Path(__file__).resolve().parents[2]
 _HEARTBEAT = 60.0
+_TAIL_LINES = 80
 _MACHINE = (
     "--require-ublk",
     "--cpus=4",
@@ -97,11 +98,15 @@ def run(names: list[str], pytest_arguments: list[str], jobs: int) -> int:
                 _show_progress(running)
     finally:
         _stop(running)
-    return _summary(names, statuses)
+    return _summary(names, statuses, logs)
+
+
+def _output(logs: Path, kernel: str) -> Path:
+    return logs / f"{kernel}.output"
 
 
 def _start(kernel: str, logs: Path, pytest_arguments: list[str]) -> Batch:
-    output = logs / f"{kernel}.output"
+    output = _output(logs, kernel)
     with open(output, "wb") as file:
         process = subprocess.Popen(
             command(kernel, logs, pytest_arguments),
@@ -137,8 +142,13 @@ def _stop(running: list[Batch]) -> None:
         batch.process.wait()
 
 
-def _summary(names: list[str], statuses: dict[str, int]) -> int:
+def _summary(names: list[str], statuses: dict[str, int], logs: Path) -> int:
     print()
+    for name in names:
+        if statuses[name]:
+            # again, and last: whoever sees only the end of a long log sees why it failed
+            lines = _output(logs, name).read_text(errors="replace").splitlines()
+            print(f"----- the end of kernel {name}'s output -----", *lines[-_TAIL_LINES:], "", sep="\n")
     for name in names:
         status = statuses[name]
         result = "passed" if status == 0 else f"FAILED (status {status})"
