@@ -253,6 +253,8 @@ def _describe(dev_id: int, exists: bool, info: DeviceInfo | None, this_boot: str
         "read_only": read_only,
         "transport": known.get("transport") or (_transport(info.flags) if info is not None else None),
         "flags": info.flags if info is not None else known.get("flags"),
+        "on_crash": known.get("on_crash"),
+        "recoveries": known.get("recoveries"),
         "supervisor": supervisor,
         "workers": _workers(known),
         "details": known.get("details") or {},
@@ -269,7 +271,7 @@ def _usable_record(dev_id: int, this_boot: str) -> tuple[dict[str, Any] | None, 
         return None, exc.message
     if record is not None and record["boot_id"] != this_boot:
         return None, "its record is of a previous boot"
-    return record, None
+    return record, record.get("failed") if record is not None else None
 
 
 def _owner(record: dict[str, Any] | None, info: DeviceInfo | None) -> str:

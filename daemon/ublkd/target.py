@@ -29,6 +29,8 @@ class Target:
     multiprocess: bool = False
     # Does write() honour req.fua? Without it a durable write comes as a write and a flush.
     fua: bool = False
+    # May a request be served twice? When a worker dies, those it held are issued again; say False, and they fail.
+    idempotent: bool = True
     # For handle() alone: the operations it serves.
     operations: tuple[str, ...] = ("read", "write")
 

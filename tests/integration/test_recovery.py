@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 from lib.device import Device, cli, reap
-from lib.tools import MIB, device_bytes, fio_command, fio_result, forget, pread, pwrite, read, wait_until
+from lib.tools import MIB, device_bytes, fio_command, fio_result, forget, has, pread, pwrite, read, wait_until
 
 from ublkd import supervisor
 from ublkd.control.commands import Control
+from ublkd.errors import UblkdError
 
 SIZE = 64 * MIB
 HERE = Path(__file__).resolve().parent
@@ -127,10 +128,51 @@ def test_cleanup(serve: Callable[..., Device]) -> None:
     assert all(name.startswith((f"{alive.id}.", f"ublkd-{alive.id}")) for name in left), left
 
 
-def test_a_device_that_crashes_all_the_time_is_given_up(serve: Callable[..., Device]) -> None:
-    device = serve("null", size=SIZE, queues=1)
+@pytest.mark.parametrize("policy", ["requeue", "fail", "error"])
+def test_what_a_dead_worker_held(policy: str, serve: Callable[..., Device], tmp_path: Path) -> None:
+    """Issued again, or failed; either way the device goes on."""
+    gate = tmp_path / "gate"
+    settings = {"size": SIZE, "on_crash": policy, "params": {"gate": str(gate)}}
+    if policy == "error" and not has("USER_RECOVERY_FAIL_IO"):
+        with pytest.raises(UblkdError, match="--on-crash error needs a driver with USER_RECOVERY_FAIL_IO"):
+            serve("python", f"{HERE}/lib/targets.py:Held", **settings)
+        return
+    device = serve("python", f"{HERE}/lib/targets.py:Held", **settings)
+    assert device.record["on_crash"] == policy
+    pwrite(device.path, b"precious" * 512, MIB)
+    forget(device.path)
+    reader = subprocess.Popen(
+        ["dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct", "status=none"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: device.word("started") > device.word("completed"), "the read is held")
+    [holder] = [
+        pid
+        for pid, queue in zip(device.workers(), device.snapshot()["queues"], strict=True)
+        if queue["started"] > queue["completed"]
+    ]
+    os.kill(holder, signal.SIGKILL)
+    wait_until(lambda: holder not in device.workers(), "the workers are replaced")
+    if policy == "requeue":
+        assert reader.poll() is None
+        gate.touch()
+        assert reader.communicate(timeout=30)[0] == b"precious" * 512
+    else:
+        assert b"Input/output error" in reader.communicate(timeout=30)[1]
+        gate.touch()
+    assert device.state == "live" and device.record["recoveries"] == 1
+    assert pread(device.path, 8, MIB) == b"precious"
+
+
+def crash_until_given_up(device: Device) -> None:
+    """Kill its one worker again and again; returns when the supervisor has ended, with status 1."""
+
+    def ended() -> bool:
+        return not os.path.exists(f"/proc/{device.supervisor}/exe")
+
     for _ in range(8):
-        if not os.path.exists(f"/proc/{device.supervisor}/exe"):
+        if ended():
             break
         [pid] = device.workers()
         try:
@@ -138,13 +180,80 @@ def test_a_device_that_crashes_all_the_time_is_given_up(serve: Callable[..., Dev
         except ProcessLookupError:
             pass
         wait_until(
-            lambda pid=pid: device.workers() != [pid] or not os.path.exists(f"/proc/{device.supervisor}/exe"),  # type: ignore[misc]
+            lambda pid=pid: ended() or device.workers() != [pid],  # type: ignore[misc]
             "the worker is replaced or the supervisor gives up",
         )
     assert reap(device.supervisor) == 1
+    assert "workers died 3 times within 60 seconds" in read(f"/run/ublkd/{device.id}.log")
+
+
+def test_a_device_that_crashes_all_the_time_fails(serve: Callable[..., Device], image: Callable[..., Path]) -> None:
+    """Who uses it is told; what is left can be looked at, and makes way for a new start."""
+    backing = image(SIZE)
+    settings = {"queues": 1, "crash_limit": 2, "number": 7}
+    device = serve("loop", backing, **settings)
+    user = os.open(device.path, os.O_RDWR)
+    crash_until_given_up(device)
+    wait_until(lambda: device.state == "dead", "the device has failed")
+    with pytest.raises(OSError):
+        os.pwrite(user, bytes(4096), 16 * MIB)
+    os.close(user)
+    assert "workers died 3 times" in cli("list").out
+    assert "workers died 3 times" in json.loads(cli("show", "7", "--json").out)["note"]
+    done = cli("recover", 7)
+    assert done.status == 1 and "device 7 failed: workers died 3 times" in done.err
+    device.gone = True
+    again = serve("loop", backing, **settings)
+    assert again.id == 7 and again.state == "live"
+
+
+def test_a_device_that_crashes_all_the_time_waits(serve: Callable[..., Device]) -> None:
+    device = serve("null", size=SIZE, queues=1, crash_limit=2, give_up="wait")
+    crash_until_given_up(device)
     # The driver sees its server gone a moment after it is.
     wait_until(lambda: device.state == "quiesced", "the device is quiesced")
-    assert "workers died 6 times within 60 seconds" in read(f"/run/ublkd/{device.id}.log")
+
+
+def test_a_new_start_takes_the_device_over(serve: Callable[..., Device], image: Callable[..., Path]) -> None:
+    """As a service manager restarts it, or a user: the same disk, by its file or by its number."""
+    backing = image(SIZE)
+    device = serve("loop", backing, queues=2)
+    with open(device.path, "rb"):
+        device.kill_supervisor()
+        done = cli("add", "loop", backing, "-q", 4)
+        assert done.status == 2 and "has another queues: 2" in done.err, done.err
+        done = cli("add", "loop", backing, "-q", 2, "-d", 64, "--log-level", "warning")
+        assert (done.status, done.out) == (0, f"{device.path}\n"), done.err
+    device.supervisor = device.record["supervisor"]["pid"]
+    assert device.state == "live" and device.record["settings"]["log_level"] == "warning"
+    named = serve("memory", size=SIZE, queues=1, number=9)
+    pwrite(named.path, b"kept", 4096)
+    named.kill_supervisor()
+    other = serve("memory", size=SIZE, queues=1)
+    assert other.id != 9
+    again = serve("memory", size=SIZE, queues=1, number=9)
+    named.gone = True
+    forget(again.path)
+    assert (again.id, pread(again.path, 4, 4096)) == (9, b"kept")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "stale"])
+def test_a_record_that_is_not_to_be_trusted(damage: str, serve: Callable[..., Device]) -> None:
+    device = serve("null", size=SIZE, queues=1, number=5)
+    device.kill_supervisor()
+    path = Path(f"/run/ublkd/{device.id}.json")
+    good = path.read_text()
+    record = json.loads(good)
+    if damage == "truncated":
+        path.write_text(good[: len(good) // 2])
+    elif damage == "foreign":
+        path.write_text(json.dumps({**record, "id": 6}))
+    else:
+        path.write_text(json.dumps({**record, "boot_id": "of another boot"}))
+    for done in (cli("recover", 5), cli("add", "null", "--size", "64M", "-n", 5)):
+        assert done.status in (1, 2) and done.err.count("\n") == 1, done.err
+    assert device.state == "quiesced"
+    path.write_text(good)
 
 
 def test_resize(serve: Callable[..., Device], image: Callable[..., Path]) -> None:

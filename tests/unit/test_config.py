@@ -174,7 +174,7 @@ class TestLoad:
                 ":1: unknown key outside a section",
                 "belongs into [device]",
             ),
-            ("[devices]\n", ":1: unknown section 'devices'; the sections are [device], [log]", "'device'"),
+            ("[devices]\n", ":1: unknown section 'devices'; the sections are [device], [recovery], [log]", "'device'"),
             ('[device]\nqueues = "four"\n', ":2: device.queues: four is not accepted; give 1 to 4096", ""),
             ("[device]\n# queues = 1\nqueues = true\n", ":3: device.queues:", ""),
             (

@@ -189,6 +189,8 @@ def test_live_device_with_the_driver_s_word(world: World) -> None:
             "read_only": True,
             "transport": "copy",
             "flags": 0x1E,
+            "on_crash": None,
+            "recoveries": None,
             "supervisor": ME,
             "workers": [{"queue": 0, "pid": ME, "cpu": 1}],
             "details": {},

@@ -63,7 +63,7 @@ class Setting:
         self.targets = tuple(targets)  # empty: all
         self.absent = absent  # what happens when the default is None
         self.example = default if example is None else example  # for the sample file
-        self.scope = scope  # "hot": can change while the device is live; "restart": can not
+        self.scope = scope  # "hot": `ublkd upgrade` can change it on a live device; "restart": it can't
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -351,6 +351,7 @@ class DeviceSpec:
         metavar="LIST",
         absent="chosen by the kernel's queue map and the topology",
         example=[0, 1, 2, 3],
+        scope="hot",
     )
     number: int = setting(
         Number,
@@ -482,6 +483,7 @@ class DeviceSpec:
         {"none": "no scheduler, the fastest", "keep": "what the system chose"},
         flags=("--scheduler",),
         metavar="HOW",
+        scope="hot",
     )
     start_timeout: int = setting(
         Number,
@@ -492,6 +494,67 @@ class DeviceSpec:
         unit="seconds",
         flags=("--start-timeout",),
         metavar="SECONDS",
+        scope="hot",
+    )
+    on_crash: str = setting(
+        Choice,
+        "auto",
+        "What becomes of requests when a server process dies: of those it held, and of new ones until it is back.",
+        {
+            "auto": "requeue, or fail for a Python class that says `idempotent = False`",
+            "requeue": "those it held are issued again, new ones wait: nobody notices",
+            "fail": "those it held get an I/O error, new ones wait",
+            "error": "all get an I/O error until the server is back (Linux 6.13)",
+        },
+        section="recovery",
+        flags=("--on-crash",),
+        metavar="HOW",
+    )
+    crash_limit: int = setting(
+        Number,
+        5,
+        "Give up when workers die more often than this within a minute; 0 never gives up.",
+        0,
+        10000,
+        section="recovery",
+        flags=("--crash-limit",),
+        metavar="N",
+        scope="hot",
+    )
+    give_up: str = setting(
+        Choice,
+        "fail",
+        "What giving up is.",
+        {
+            "fail": "the disk is gone, its users get I/O errors",
+            "wait": "its users wait for `ublkd recover`",
+        },
+        section="recovery",
+        flags=("--give-up",),
+        metavar="HOW",
+        scope="hot",
+    )
+    hang_timeout: int = setting(
+        Number,
+        30,
+        "Take a worker for hung when it has not come round for this long; 0 never does.",
+        0,
+        86400,
+        unit="seconds",
+        section="recovery",
+        flags=("--hang-timeout",),
+        metavar="SECONDS",
+        scope="hot",
+    )
+    on_hang: str = setting(
+        Choice,
+        "log",
+        "What is done about a hung worker.",
+        {"log": "an error in the log, and what it hangs in", "recover": "it is killed and replaced as if it had died"},
+        section="recovery",
+        flags=("--on-hang",),
+        metavar="HOW",
+        scope="hot",
     )
     log_level: str = setting(
         Choice,
@@ -513,6 +576,7 @@ class DeviceSpec:
         key="format",
         flags=("--log-format",),
         metavar="FORM",
+        scope="hot",
     )
 
     def __init__(self, **values: Any) -> None:

@@ -27,6 +27,13 @@ TRANSPORT_FLAGS = {
     "zero-copy": uapi.F_USER_COPY | uapi.F_AUTO_BUF_REG,
 }
 
+# What each --on-crash takes of the driver, beside USER_RECOVERY itself.
+CRASH_FLAGS = {
+    "requeue": "USER_RECOVERY_REISSUE",
+    "fail": "USER_RECOVERY",
+    "error": "USER_RECOVERY_FAIL_IO",
+}
+
 
 def choose_transport(spec: DeviceSpec, target: ControlTarget, features: Features) -> str:
     """The transport's name: the one asked for, else the target's best that this driver has."""
@@ -47,12 +54,38 @@ def transport_of(flags: int) -> str:
     return next(t for t in by_need if TRANSPORT_FLAGS[t] & ~flags == 0)
 
 
-def choose_flags(spec: DeviceSpec, transport: str, features: Features) -> int:
-    """UBLK_F_* for ADD_DEV. What a driver that can't be asked drops is seen in its answer."""
-    flags = uapi.F_CMD_IOCTL_ENCODE | TRANSPORT_FLAGS[transport]
-    # Requests that a dead server held are issued again: writing the same twice does no harm to these targets.
-    if features.has("USER_RECOVERY_REISSUE"):
-        flags |= uapi.F_USER_RECOVERY | uapi.F_USER_RECOVERY_REISSUE
+def on_crash(spec: DeviceSpec, target: ControlTarget) -> str:
+    """What --on-crash comes to for this target: requeue, fail or error."""
+    if spec.on_crash != "auto":
+        return spec.on_crash
+    return "requeue" if target.idempotent else "fail"
+
+
+def policy_of(flags: int) -> str:
+    """The --on-crash of a device that was granted flags."""
+    for policy in ("error", "requeue", "fail"):
+        if flags & uapi.FLAGS[CRASH_FLAGS[policy]].value:
+            return policy
+    return "remove"  # a driver without recovery ends the device with its server
+
+
+def _recovery_flags(spec: DeviceSpec, target: ControlTarget, features: Features) -> int:
+    policy = on_crash(spec, target)
+    flag = CRASH_FLAGS[policy]
+    if not features.has(flag):
+        # Such a driver ends the device with its server; only who asked for more must hear that he can't have it.
+        if spec.on_crash == "auto":
+            return 0
+        raise UsageError(
+            f"--on-crash {policy} needs a driver with {flag} (Linux {uapi.FLAGS[flag].since})",
+            hint="`ublkd features` lists what this driver has",
+        )
+    return uapi.F_USER_RECOVERY | uapi.FLAGS[flag].value | (uapi.F_QUIESCE if features.has("QUIESCE") else 0)
+
+
+def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, features: Features) -> int:
+    """UBLK_F_* for ADD_DEV; target is open. What a driver that can't be asked drops is seen in its answer."""
+    flags = uapi.F_CMD_IOCTL_ENCODE | TRANSPORT_FLAGS[transport] | _recovery_flags(spec, target, features)
     if not spec.partscan:
         if not features.has("NO_AUTO_PART_SCAN"):
             raise UsageError(

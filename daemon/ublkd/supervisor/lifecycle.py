@@ -38,6 +38,50 @@ def _checked(spec: DeviceSpec) -> None:
         )
 
 
+def _orphan_of(spec: DeviceSpec) -> dict[str, Any] | None:
+    """The record of a device that spec asks for and whose server died: one to take over, not to make anew.
+
+    It is known by its number, or by its file if no number is given.
+    """
+    for record in inventory.records():
+        settings = record.get("settings")
+        if not isinstance(settings, dict) or record["boot_id"] != inventory.boot_id() or _is_served(record):
+            continue
+        if spec.number != record["id"] if spec.number >= 0 else not spec.file or spec.number != settings.get("number"):
+            continue
+        if spec.target == record["target"] and spec.file == settings.get("file"):
+            return record
+    return None
+
+
+def _take_over(spec: DeviceSpec) -> int | None:
+    """The number of the device to recover instead of making one. What a failed device left is removed."""
+    record = _orphan_of(spec)
+    if record is None:
+        return None
+    dev_id: int = record["id"]
+    state = (inventory.device(dev_id) or {}).get("state", "gone")
+    if state in ("dead", "gone"):
+        if record.get("files"):
+            raise UblkdError(
+                f"device {dev_id} failed and holds data",
+                hint=f"`ublkd del {dev_id}` removes it with its data",
+            )
+        inventory.remove_device(dev_id)
+        return None
+    before = _spec_of(record)
+    from ublkd.config.schema import SETTINGS
+
+    for name, setting in SETTINGS.items():
+        if setting.scope != "hot" and name != "number" and getattr(spec, name) != getattr(before, name):
+            raise UsageError(
+                f"{record['path']} serves this already, waits for its server, and has another {name}: "
+                f"{setting.shown(getattr(before, name))}",
+                hint=f"`ublkd recover {dev_id}` serves it again as it was, `ublkd del {dev_id}` removes it",
+            )
+    return dev_id
+
+
 def run_foreground(
     spec: DeviceSpec,
     *,
@@ -45,9 +89,14 @@ def run_foreground(
     on_live: Callable[[dict[str, Any]], None] | None = None,
     recover_id: int | None = None,
 ) -> int:
-    """Serve a device until a signal to stop: exit status. The path goes to stdout once the device is live."""
+    """Serve a device until a signal to stop: exit status. The path goes to stdout once the device is live.
+
+    A device of the same target and file, or number, whose server died is taken over.
+    """
     from ublkd.supervisor.supervisor import Supervisor
 
+    if recover_id is None:
+        recover_id = _take_over(spec)
     if recover_id is None:
         _checked(spec)
 
@@ -61,6 +110,8 @@ def run_foreground(
 
 def run_background(spec: DeviceSpec, *, recover_id: int | None = None) -> str:
     """Serve a device from a process of its own: the path, once it is live."""
+    if recover_id is None:
+        recover_id = _take_over(spec)
     if recover_id is None:
         _checked(spec)
     sys.stdout.flush()
@@ -179,7 +230,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
             with Control() as ctl:
                 features = ctl.get_features()
             out["transport"] = create.choose_transport(spec, target, features)
-            out["flags"] = uapi.flag_names(create.choose_flags(spec, out["transport"], features))
+            out["flags"] = uapi.flag_names(create.choose_flags(spec, target, out["transport"], features))
         except UblkdError as e:
             if isinstance(e, UsageError):
                 raise
@@ -216,6 +267,8 @@ def recover(dev_id: int, background: bool = True) -> str:
         )
     if record["boot_id"] != inventory.boot_id():
         raise UblkdError(f"device {dev_id} went with the last boot", hint="`ublkd cleanup` removes its record")
+    if record.get("failed"):
+        raise UblkdError(f"device {dev_id} failed: {record['failed']}", hint=f"`ublkd del {dev_id}` removes it")
     spec = _spec_of(record)
     if background:
         return run_background(spec, recover_id=dev_id)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import os
 import select
 import signal
@@ -24,6 +23,8 @@ from ublkd.control.device import open_char, path_of
 from ublkd.errors import DriverError, UblkdError, errno_of
 from ublkd.shm.segment import Segment
 from ublkd.supervisor import create, placement
+from ublkd.supervisor.child import Worker, WorkerDied
+from ublkd.supervisor.crashes import CrashBudget
 from ublkd.supervisor.mounts import mount_points
 from ublkd.worker import main as worker
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from ublkd.targets.base import ControlTarget, Limits
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A worker that dies is replaced at most this often within this many seconds.
-CRASH_BUDGET = 5
-CRASH_WINDOW_S = 60.0
 DRAIN_REPORT_S = 10.0
 WORKER_EXIT_S = 5.0
 DELETE_S = 10.0
@@ -42,67 +40,6 @@ DELETE_S = 10.0
 
 class StopRequested(Exception):
     """A signal to stop came in during a step that is not the stop itself."""
-
-
-class WorkerDied(UblkdError):
-    """A worker is gone that should be serving."""
-
-
-class Worker:
-    """A worker process as its supervisor sees it."""
-
-    def __init__(self, qid: int, pid: int, cpu: int, status_fd: int) -> None:
-        self.qid = qid
-        self.pid = pid
-        self.cpu = cpu
-        self.status_fd = status_fd
-        self.pidfd = os.pidfd_open(pid)
-        self.exit_code: int | None = None  # as subprocess has it: negative for a signal
-        self.report: dict[str, Any] = {}
-        self._line = b""
-
-    def read_status(self) -> None:
-        """Take in what it wrote to its status pipe."""
-        while True:
-            try:
-                data = os.read(self.status_fd, 65536)
-            except BlockingIOError:
-                return
-            if not data:
-                return
-            self._line += data
-            *lines, self._line = self._line.split(b"\n")
-            for line in lines:
-                self.report.update(json.loads(line))
-
-    def reap(self, block: bool = False) -> bool:
-        """True once it has exited."""
-        if self.exit_code is None:
-            pid, status = os.waitpid(self.pid, 0 if block else os.WNOHANG)
-            if pid:
-                self.exit_code = os.waitstatus_to_exitcode(status)
-                self.read_status()
-        return self.exit_code is not None
-
-    def obituary(self) -> str:
-        """Why it is gone, in a line."""
-        if "error" in self.report:
-            return f"worker of queue {self.qid}: {self.report['error']}"
-        code = self.exit_code or 0
-        if code < 0:
-            name = signal.Signals(-code).name
-            return f"worker of queue {self.qid} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
-        return f"worker of queue {self.qid} exited with status {code}"
-
-    def kill(self) -> None:
-        """SIGKILL, if it still runs."""
-        if self.exit_code is None:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Give its descriptors back."""
-        os.close(self.status_fd)
-        os.close(self.pidfd)
 
 
 class Supervisor:
@@ -126,10 +63,11 @@ class Supervisor:
         self.on_live = on_live
         self.workers: list[Worker] = []
         self._signals: list[int] = []
-        self._crashes: list[float] = []
+        self._crashes = CrashBudget(spec.crash_limit)
         self._exit = ExitStack()
         self._live = False
         self._keep_device = False
+        self.recoveries = 0
         self.record: dict[str, Any] = {}
         self.info: DeviceInfo
         self.limits: Limits
@@ -199,7 +137,7 @@ class Supervisor:
     def _create(self, limits: Limits) -> None:
         spec, features = self.spec, self.ctl.get_features()
         self.transport = create.choose_transport(spec, self.target, features)
-        flags = create.choose_flags(spec, self.transport, features)
+        flags = create.choose_flags(spec, self.target, self.transport, features)
         params = create.build_params(limits, spec.max_io_size)
         self.info = self.ctl.add_dev(
             AddRequest(
@@ -387,6 +325,8 @@ class Supervisor:
             "block_size": self.limits.block_size,
             "transport": self.transport,
             "flags": self.info.flags,
+            "on_crash": create.policy_of(self.info.flags),
+            "recoveries": self.recoveries,
             "read_only": self.limits.read_only,
             "remark": self.remark,
             "details": self.target.details(),
@@ -449,15 +389,9 @@ class Supervisor:
         if not self.info.flags & uapi.F_USER_RECOVERY:
             raise UblkdError("a worker died, and this driver can't recover a device", hint="see the log")
         while True:
-            now = time.monotonic()
-            self._crashes = [t for t in self._crashes if now - t < CRASH_WINDOW_S] + [now]
-            if len(self._crashes) > CRASH_BUDGET:
-                raise UblkdError(
-                    f"workers died {len(self._crashes)} times within {CRASH_WINDOW_S:.0f} seconds: giving up",
-                    hint=f"`ublkd recover {self.dev_id}` tries again, `ublkd del {self.dev_id}` removes it",
-                )
-            # Twice as long each time; the first is at once, since requests are waiting.
-            pause = 0.0 if len(self._crashes) == 1 else 0.05 * 2 ** len(self._crashes)
+            pause = self._crashes.died()
+            if pause is None:
+                raise self._give_up()
             if pause:
                 self._sleep(None, pause)
             try:
@@ -466,12 +400,32 @@ class Supervisor:
             except WorkerDied as e:
                 self.log.error("recovery failed", reason=e.message)
 
+    def _give_up(self) -> UblkdError:
+        """End a device whose workers die all the time: the error to leave with. It stays to be looked at."""
+        reason = f"workers died {self._crashes.count} times within {CrashBudget.WINDOW_S:.0f} seconds: giving up"
+        self._end_workers()
+        self._keep_device = True
+        if self.spec.give_up == "wait":
+            return UblkdError(
+                reason,
+                hint=f"its users wait: `ublkd recover {self.dev_id}` tries again, `ublkd del {self.dev_id}` removes it",
+            )
+        try:
+            # The driver fails what waits, takes the disk away, and leaves the device dead.
+            self.ctl.stop_dev(self.dev_id)
+        except DriverError as e:
+            self.log.error("not stopped", reason=e.message)
+        self.record["failed"] = reason
+        inventory.write_record(self.record)
+        return UblkdError(reason, hint=f"its users get I/O errors: `ublkd del {self.dev_id}` removes what is left")
+
     def _replace_server(self) -> None:
         began = time.monotonic()
         self._end_workers()
         self.ctl.start_recovery(self.dev_id, timeout=self.spec.start_timeout)
         self._spawn()
         self._await(self.ctl.begin_end_recovery(self.dev_id, os.getpid()), "recover")
+        self.recoveries += 1
         self._write_record()
         self.log.info("recovered", seconds=round(time.monotonic() - began, 3))
 

@@ -42,6 +42,9 @@ class ControlTarget:
     # How its data may cross, the best first (config's names).
     transports: tuple[str, ...] = ("copy", "user-copy")
 
+    # May a request that a dead server may have served already be served again?
+    idempotent = True
+
     def __init__(self, spec: DeviceSpec) -> None:
         self.spec = spec
 

@@ -194,6 +194,7 @@ class PythonTarget(ControlTarget):
             raise _failed(label, "__init__()", e) from e
         self._target = target
         _check(label, target)
+        self.idempotent = bool(target.idempotent)
         if spec.queues > 1 and not target.multiprocess:
             raise UsageError(
                 f"{label} serves one queue, not {spec.queues}: each queue has a process of its own, "

@@ -49,6 +49,19 @@ class Sparse(ublkd.Target):
         req.zero()
 
 
+class Held(Disk):
+    """A read at 1 MiB is answered once the file of the parameter `gate` is there."""
+
+    def prepare(self, spec):
+        super().prepare(spec)
+        self.gate = spec.params["gate"]
+
+    async def read(self, req):
+        while req.offset == 1 << 20 and not os.path.exists(self.gate):
+            await ublkd.sleep(0.05)
+        req.copy_from(self.data)
+
+
 class SingleProcess(Disk):
     """Not for several queues."""
 

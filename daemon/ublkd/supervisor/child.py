@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker process as its supervisor sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+from ublkd.errors import UblkdError
+
+
+class WorkerDied(UblkdError):
+    """A worker is gone that should be serving."""
+
+
+class Worker:
+    """A forked worker: its end of the pipes, and how it ended."""
+
+    def __init__(self, qid: int, pid: int, cpu: int, status_fd: int) -> None:
+        self.qid = qid
+        self.pid = pid
+        self.cpu = cpu
+        self.status_fd = status_fd
+        self.pidfd = os.pidfd_open(pid)
+        self.exit_code: int | None = None  # as subprocess has it: negative for a signal
+        self.report: dict[str, Any] = {}
+        self._line = b""
+
+    def read_status(self) -> None:
+        """Take in what it wrote to its status pipe."""
+        while True:
+            try:
+                data = os.read(self.status_fd, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            self._line += data
+            *lines, self._line = self._line.split(b"\n")
+            for line in lines:
+                self.report.update(json.loads(line))
+
+    def reap(self, block: bool = False) -> bool:
+        """True once it has exited."""
+        if self.exit_code is None:
+            pid, status = os.waitpid(self.pid, 0 if block else os.WNOHANG)
+            if pid:
+                self.exit_code = os.waitstatus_to_exitcode(status)
+                self.read_status()
+        return self.exit_code is not None
+
+    def obituary(self) -> str:
+        """Why it is gone, in a line."""
+        if "error" in self.report:
+            return f"worker of queue {self.qid}: {self.report['error']}"
+        code = self.exit_code or 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"worker of queue {self.qid} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
+        return f"worker of queue {self.qid} exited with status {code}"
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.exit_code is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Give its descriptors back."""
+        os.close(self.status_fd)
+        os.close(self.pidfd)
