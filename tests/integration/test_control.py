@@ -223,7 +223,8 @@ def test_start_in_two_steps(ctl: Control, add: Callable[..., DeviceInfo]) -> Non
     assert op.poll() is None
     assert ctl.get_info(dev_id).state_name == "dead"  # other commands run meanwhile
     assert op.cancel()
-    assert refusal(op.poll) == errno.EINTR
+    # the latter if no thread of the kernel had begun with it yet
+    assert refusal(op.poll) in (errno.EINTR, errno.ECANCELED)
 
 
 def test_start_misused(ctl: Control, add: Callable[..., DeviceInfo]) -> None:
