@@ -17,6 +17,11 @@ TRANSPORT_USER_COPY: int = lib.UBLKD_TRANSPORT_USER_COPY
 TRANSPORT_ZERO_COPY: int = lib.UBLKD_TRANSPORT_ZERO_COPY
 RUN_DONE: int = lib.UBLKD_RUN_DONE
 RUN_WAKE: int = lib.UBLKD_RUN_WAKE
+RUN_DRAINED: int = lib.UBLKD_RUN_DRAINED
+WAKE_PING: int = lib.UBLKD_WAKE_PING
+WAKE_DRAIN: int = lib.UBLKD_WAKE_DRAIN
+WAKE_DRAIN_IDLE: int = lib.UBLKD_WAKE_DRAIN_IDLE
+WAKE_SERVE: int = lib.UBLKD_WAKE_SERVE
 LOOP_BLOCK_DEVICE: int = lib.UBLKD_LOOP_BLOCK_DEVICE
 LOOP_READ_ONLY: int = lib.UBLKD_LOOP_READ_ONLY
 
@@ -194,7 +199,7 @@ class Queue:
         self._keep: tuple[Any, ...] = (cmdbuf, view, shm, target)
 
     def run(self) -> int:
-        """Serve until the device stops (RUN_DONE) or wake_fd is written to (RUN_WAKE). The GIL is free meanwhile."""
+        """Serve until the device stops (RUN_DONE), or wake_fd says so (RUN_WAKE, RUN_DRAINED). The GIL is free."""
         return _check(lib.ublkd_queue_run(self._queue))
 
     def close(self) -> None:

@@ -46,6 +46,9 @@ int ublkd_dispatch_request(struct ublkd_queue *q, uint16_t tag)
 	if (io->state != UBLKD_IO_DRIVER)
 		return ublkd_error(-EPROTO, "queue %u: a request for tag %u, which is in use", q->p.qid, tag);
 	io->state = UBLKD_IO_SERVER;
+	if (q->drain == UBLKD_DRAIN_HOLD)
+		return 0;
+	q->in_hand++;
 	io->op = iod->op_flags & 0xff;
 	io->flags = iod->op_flags;
 	/* A sector beyond all bytes must not come round to the front of the device. */
@@ -115,5 +118,6 @@ void ublkd_dispatch_done(struct ublkd_queue *q)
 		io->state = UBLKD_IO_DRIVER;
 		q->tp->commit(q, io);
 	}
+	q->in_hand -= q->nr_done;
 	q->nr_done = 0;
 }

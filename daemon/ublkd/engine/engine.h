@@ -25,6 +25,21 @@
 /* What ublkd_queue_run() returned for. */
 #define UBLKD_RUN_DONE 0 /* the driver took every tag back: the device stopped */
 #define UBLKD_RUN_WAKE 1 /* the wake descriptor was written to: look, then run again */
+#define UBLKD_RUN_DRAINED 2 /* it was told to drain, and has: let the process end */
+
+/*
+ * What to write to the wake descriptor, from any process.
+ * PING makes one pass, which shows in the heartbeat. DRAIN answers what the
+ * target has in hand and begins nothing more: requests that come meanwhile
+ * stay with the driver's account of this server, to be issued again to the
+ * next. DRAIN_IDLE goes on serving until a pass leaves nothing in hand.
+ * SERVE takes either back, as long as the run has not returned.
+ */
+#define UBLKD_WAKE_RETURN 1
+#define UBLKD_WAKE_PING 0x10000
+#define UBLKD_WAKE_DRAIN 0x100000000
+#define UBLKD_WAKE_DRAIN_IDLE 0x10000000000
+#define UBLKD_WAKE_SERVE 0x1000000000000
 
 struct ublkd_queue;
 struct ublkd_target;
@@ -32,7 +47,7 @@ struct ublkd_ctrl;
 
 struct ublkd_queue_params {
 	int cdev_fd;          /* /dev/ublkcN, inherited; the queue never closes it */
-	int wake_fd;          /* an eventfd that interrupts ublkd_queue_run(), or -1 */
+	int wake_fd;          /* an eventfd that takes UBLKD_WAKE_*, or -1 */
 	uint16_t qid;
 	uint16_t depth;       /* tags, 1..4096 */
 	uint32_t max_io_bytes;

@@ -29,6 +29,13 @@ enum ublkd_shm_op {
 	UBLKD_SHM_NR_OPS,
 };
 
+/* Where a worker is: with an old heartbeat, what it hangs in. */
+enum ublkd_shm_stage {
+	UBLKD_SHM_WAITING, /* in io_uring_enter */
+	UBLKD_SHM_ENGINE,
+	UBLKD_SHM_PYTHON, /* in the interpreter, or waiting for its lock */
+};
+
 /*
  * Latency bucket of t ns, from a request's arrival in the engine to the
  * queueing of its commit: below 1024 ns bucket 0, then four per power of two:
@@ -55,7 +62,8 @@ struct ublkd_shm_queue {
 	uint64_t python_entries; /* times the engine took the GIL */
 	uint64_t run_returns;    /* times ublkd_queue_run() went back to its caller */
 	uint64_t retries;        /* transfers continued or issued again */
-	uint64_t reserved[7];
+	uint64_t stage;          /* enum ublkd_shm_stage */
+	uint64_t reserved[6];
 	struct ublkd_shm_counters op[UBLKD_SHM_NR_OPS];
 };
 

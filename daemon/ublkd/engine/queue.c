@@ -200,6 +200,9 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 	}
 	q->opened = true;
 	ublkd_stat_set(&q->shm->pid, (uint64_t)getpid());
+	/* What a worker before us never answered is not in our hands. */
+	ublkd_stat_set(&q->shm->started, q->shm->completed);
+	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_ENGINE);
 	*ret = q;
 	return 0;
 fail:
@@ -267,10 +270,16 @@ static void handle_wake(struct ublkd_queue *q)
 	uint64_t count;
 
 	q->wake_armed = false;
-	q->woken = true;
-	/* Only empties the counter; that nothing was there is no fault. */
+	/* That nothing is there is no fault: somebody else emptied it. */
 	if (read(q->p.wake_fd, &count, sizeof(count)) < 0)
 		return;
+	q->woken = (uint16_t)count;
+	if (count >= UBLKD_WAKE_SERVE)
+		q->drain = UBLKD_DRAIN_NOT;
+	else if (count >= UBLKD_WAKE_DRAIN_IDLE)
+		q->drain = UBLKD_DRAIN_IDLE;
+	else if (count >= UBLKD_WAKE_DRAIN)
+		q->drain = UBLKD_DRAIN_HOLD;
 }
 
 static int reap(struct ublkd_queue *q)
@@ -314,8 +323,12 @@ static int reap(struct ublkd_queue *q)
 /* One pass: submit, wait, reap everything, let the target work, commit. */
 static int queue_pass(struct ublkd_queue *q)
 {
-	int ret = io_uring_submit_and_wait(&q->ring, 1);
+	int ret;
 
+	arm_wake(q);
+	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_WAITING);
+	ret = io_uring_submit_and_wait(&q->ring, 1);
+	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_ENGINE);
 	if (ret < 0 && ret != -EINTR && ret != -EAGAIN && ret != -EBUSY)
 		return ublkd_error(ret, "queue %u: io_uring_enter: %s", q->p.qid, strerror(-ret));
 	ublkd_stat_add(&q->shm->passes, 1);
@@ -330,6 +343,11 @@ static int queue_pass(struct ublkd_queue *q)
 	return ret;
 }
 
+static bool is_drained(const struct ublkd_queue *q)
+{
+	return q->drain && !q->in_hand;
+}
+
 int ublkd_queue_run(struct ublkd_queue *q)
 {
 	int ret = 0;
@@ -338,12 +356,17 @@ int ublkd_queue_run(struct ublkd_queue *q)
 		ret = q->tp->arm(q);
 		q->armed = true;
 	}
-	arm_wake(q);
 	q->woken = false;
-	while (!ret && !q->woken && (q->live || q->targets_inflight))
+	while (!ret && !q->woken && !is_drained(q) && (q->live || q->targets_inflight))
 		ret = queue_pass(q);
 	ublkd_stat_add(&q->shm->run_returns, 1);
 	if (ret < 0)
 		return ret;
+	if (is_drained(q) && q->live) {
+		/* The last answers: without waiting, which could bring new requests. */
+		ret = io_uring_submit(&q->ring);
+		return ret < 0 ? ublkd_error(ret, "queue %u: io_uring_enter: %s", q->p.qid, strerror(-ret)) :
+				 UBLKD_RUN_DRAINED;
+	}
 	return q->live || q->targets_inflight ? UBLKD_RUN_WAKE : UBLKD_RUN_DONE;
 }

@@ -20,6 +20,12 @@ enum ublkd_io_state {
 	UBLKD_IO_GONE,   /* the driver took the tag back for good */
 };
 
+enum ublkd_drain {
+	UBLKD_DRAIN_NOT,
+	UBLKD_DRAIN_HOLD, /* what comes now is not begun */
+	UBLKD_DRAIN_IDLE, /* serve until there is nothing in hand */
+};
+
 /* Slots of the ring's registered file table. */
 #define UBLKD_FILE_CDEV 0
 #define UBLKD_NR_FILES 8
@@ -39,6 +45,8 @@ struct ublkd_queue {
 	unsigned nr_done;
 	unsigned live;    /* tags not yet GONE */
 	unsigned targets_inflight;
+	unsigned in_hand; /* requests taken up and not yet committed */
+	enum ublkd_drain drain;
 	unsigned nr_files;
 	bool armed;
 	bool wake_armed;

@@ -967,9 +967,12 @@ static void pytarget_cqe(struct pytarget *pt, struct ublkd_io *io, int res)
 static void pytarget_handle(struct ublkd_target *t, struct ublkd_queue *q, struct ublkd_event *events, unsigned n)
 {
 	struct pytarget *pt = (struct pytarget *)t;
-	PyGILState_STATE gil = PyGILState_Ensure();
+	struct ublkd_shm_queue *shm = t->sv->shm(q);
+	PyGILState_STATE gil;
 
-	ublkd_stat_add(&t->sv->shm(q)->python_entries, 1);
+	ublkd_stat_set(&shm->stage, UBLKD_SHM_PYTHON);
+	gil = PyGILState_Ensure();
+	ublkd_stat_add(&shm->python_entries, 1);
 	for (unsigned i = 0; i < n; i++) {
 		if (events[i].kind == UBLKD_EVENT_REQUEST)
 			pytarget_request(pt, events[i].io);
@@ -979,6 +982,7 @@ static void pytarget_handle(struct ublkd_target *t, struct ublkd_queue *q, struc
 	if (pt->batch && pt->batch->n)
 		pytarget_dispatch_batch(pt);
 	PyGILState_Release(gil);
+	ublkd_stat_set(&shm->stage, UBLKD_SHM_ENGINE);
 }
 
 /* Under the GIL. Whatever a handler kept of a tag is dead from here on. */

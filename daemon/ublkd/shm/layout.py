@@ -24,7 +24,10 @@ QUEUE_WORDS = (
     "python_entries",
     "run_returns",
     "retries",
+    "stage",
 )
+# enum ublkd_shm_stage
+STAGE_WAITING, STAGE_ENGINE, STAGE_PYTHON = range(3)
 QUEUE_HEAD_WORDS = 16
 COUNTER_WORDS = 4 + HIST_BUCKETS
 SLOT_WORDS = QUEUE_HEAD_WORDS + len(OPS) * COUNTER_WORDS

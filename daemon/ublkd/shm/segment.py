@@ -66,6 +66,12 @@ class Segment:
         """Tell the engines of a new device size, bytes."""
         struct.pack_into("<Q", self.buf, layout.DEV_BYTES_OFFSET, dev_bytes)
 
+    def words(self, qid: int) -> dict[str, int]:
+        """The words of a queue's slot that are not counters of operations, by layout.QUEUE_WORDS."""
+        at = layout.HEADER_BYTES + qid * layout.SLOT_BYTES
+        values = struct.unpack_from(f"<{len(layout.QUEUE_WORDS)}Q", self.buf, at)
+        return dict(zip(layout.QUEUE_WORDS, values, strict=True))
+
     def unlink(self) -> None:
         """Remove the name; mappings live on."""
         try:

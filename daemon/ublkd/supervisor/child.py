@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from typing import Any
 
+from ublkd import native
 from ublkd.errors import UblkdError
 
 
@@ -18,11 +20,12 @@ class WorkerDied(UblkdError):
 class Worker:
     """A forked worker: its end of the pipes, and how it ended."""
 
-    def __init__(self, qid: int, pid: int, cpu: int, status_fd: int) -> None:
+    def __init__(self, qid: int, pid: int, cpu: int, status_fd: int, wake_fd: int) -> None:
         self.qid = qid
         self.pid = pid
         self.cpu = cpu
         self.status_fd = status_fd
+        self.wake_fd = wake_fd
         self.pidfd = os.pidfd_open(pid)
         self.exit_code: int | None = None  # as subprocess has it: negative for a signal
         self.report: dict[str, Any] = {}
@@ -61,6 +64,20 @@ class Worker:
             return f"worker of queue {self.qid} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
         return f"worker of queue {self.qid} exited with status {code}"
 
+    def ping(self) -> None:
+        """Have it make a pass."""
+        self.wake(native.WAKE_PING)
+
+    def wake(self, what: int) -> None:
+        """native.WAKE_*. Never waits: an eventfd that is full has been told all there is to tell."""
+        with suppress(BlockingIOError):
+            os.eventfd_write(self.wake_fd, what)
+
+    def blame(self, reason: str) -> None:
+        """Kill it, for this reason."""
+        self.report.setdefault("error", reason)
+        self.kill()
+
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
         if self.exit_code is None:
@@ -69,4 +86,5 @@ class Worker:
     def close(self) -> None:
         """Give its descriptors back."""
         os.close(self.status_fd)
+        os.close(self.wake_fd)
         os.close(self.pidfd)

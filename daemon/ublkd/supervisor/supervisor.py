@@ -26,6 +26,7 @@ from ublkd.supervisor import create, placement
 from ublkd.supervisor.child import Worker, WorkerDied
 from ublkd.supervisor.crashes import CrashBudget
 from ublkd.supervisor.mounts import mount_points
+from ublkd.supervisor.watchdog import Watchdog
 from ublkd.worker import main as worker
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class Supervisor:
     def _make_segment(self) -> None:
         self.segment = Segment(self.dev_id, self.info.queues, self.info.depth, self.limits.size)
         self._exit.callback(self.segment.unlink)
+        self._watchdog = Watchdog(self.segment, self.spec.hang_timeout)
 
     def _place(self) -> None:
         masks = [self.ctl.queue_affinity(self.dev_id, q) for q in range(self.info.queues)]
@@ -201,9 +203,10 @@ class Supervisor:
 
     def _fork(self, qid: int, cdev: int, cmdbufs: list[native.CommandBuffer]) -> None:
         status_r, status_w = os.pipe2(os.O_CLOEXEC)
+        wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.set_blocking(status_r, False)
         me = os.getpid()
-        others = [fd for w in self.workers for fd in (w.status_fd, w.pidfd)]
+        others = [fd for w in self.workers for fd in (w.status_fd, w.pidfd, w.wake_fd)]
         plan = worker.WorkerPlan(
             dev_id=self.dev_id,
             qid=qid,
@@ -217,6 +220,7 @@ class Supervisor:
             shm=self.segment.buf,
             target=self.target,
             status_fd=status_w,
+            wake_fd=wake_fd,
             supervisor_pid=me,
             close_fds=[*others, status_r, *self._wake_fds, self._mounts.fileno()],
             control=self.ctl,
@@ -227,7 +231,7 @@ class Supervisor:
             worker.main(plan)
         gc.enable()
         os.close(status_w)
-        self.workers.append(Worker(qid, pid, self.cpus[qid], status_r))
+        self.workers.append(Worker(qid, pid, self.cpus[qid], status_r, wake_fd))
 
     def _dead_worker(self) -> Worker | None:
         """A worker that has exited, the one with the most to say first."""
@@ -358,7 +362,8 @@ class Supervisor:
             while not self._stop_asked():
                 dead = self._dead_worker()
                 if dead is None:
-                    self._sleep(None, 3600)
+                    self._look_for_hangs()
+                    self._sleep(None, self._watchdog.interval)
                     continue
                 if self._stopped_by_others():
                     self.log.warning("the device was stopped from outside")
@@ -375,6 +380,13 @@ class Supervisor:
             raise
         self.log.info("stopping")
         return 0
+
+    def _look_for_hangs(self) -> None:
+        for w, finding in self._watchdog.look(self.workers):
+            say = self.log.error if finding.hung else self.log.warning
+            say(finding.event, queue=w.qid, pid=w.pid, **finding.facts)
+            if finding.hung and self.spec.on_hang == "recover":
+                w.blame(f"hung in {finding.facts['where']}, killed")
 
     def _stopped_by_others(self) -> bool:
         try:

@@ -37,6 +37,7 @@ class WorkerPlan(NamedTuple):
     shm: Any
     target: ControlTarget
     status_fd: int
+    wake_fd: int
     supervisor_pid: int
     close_fds: list[int]
     control: Control
@@ -82,10 +83,11 @@ def _serve(plan: WorkerPlan) -> None:
         cmdbuf=plan.cmdbufs[plan.qid],
         shm=plan.shm,
         target=target,
+        wake_fd=plan.wake_fd,
     )
     tell(plan.status_fd, ready=True)
     try:
-        while queue.run() != native.RUN_DONE:
+        while queue.run() == native.RUN_WAKE:
             pass
     finally:
         queue.close()
