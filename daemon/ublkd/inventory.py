@@ -424,6 +424,7 @@ def _leftovers(dev_id: int) -> list[str]:
     return [
         *(path for path in named if isinstance(path, str) and os.path.dirname(path) in ours),
         f"{runtime_dir()}/{dev_id}.log",
+        f"{runtime_dir()}/{dev_id}.sock",
         f"{SHM_DIR}/ublkd-{dev_id}",
         *glob.glob(f"{SHM_DIR}/ublkd-{dev_id}[.-]*"),
     ]

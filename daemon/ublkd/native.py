@@ -227,6 +227,11 @@ def die_with_parent(parent_pid: int) -> None:
     _check(lib.ublkd_die_with_parent(parent_pid))
 
 
+def adopt_orphans() -> None:
+    """PR_SET_CHILD_SUBREAPER: processes below us whose parent ends become our children."""
+    _check(lib.ublkd_adopt_orphans())
+
+
 def be_io_flusher() -> None:
     """PR_SET_IO_FLUSHER; OSError where the process lacks CAP_SYS_RESOURCE."""
     _check(lib.ublkd_be_io_flusher())

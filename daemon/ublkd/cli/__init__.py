@@ -25,6 +25,7 @@ VERBS = {
     "show": ("devices", "Show one device in full."),
     "stat": ("stat", "Show I/O counters and latencies."),
     "recover": ("devices", "Serve a device again whose server is gone."),
+    "upgrade": ("upgrade", "Replace the server of live devices by this version, or change settings."),
     "resize": ("devices", "Change the size of a live device."),
     "cleanup": ("devices", "Remove what nobody serves any more."),
     "features": ("about", "Show what the running ublk driver can do."),

@@ -31,7 +31,7 @@ class ServeCommand(click.Command):
 class SettingOption(click.Option):
     """A setting's option. What was given is kept in the context's dict: name -> (value, flag)."""
 
-    def __init__(self, setting: Setting, flags: tuple[str, ...], value: Any) -> None:
+    def __init__(self, setting: Setting, flags: tuple[str, ...], value: Any, tell_default: bool) -> None:
         self.setting, self.value = setting, value
         self.group = _group(setting)
         if value is not None:
@@ -44,7 +44,7 @@ class SettingOption(click.Option):
             }
         name = flags[-1].strip("-").replace("-", "_")
         super().__init__(
-            [*flags, name], expose_value=False, callback=self.keep, help=_help(setting, value), **kind
+            [*flags, name], expose_value=False, callback=self.keep, help=_help(setting, value, tell_default), **kind
         )
 
     def keep(self, ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -64,7 +64,12 @@ def _group(setting: Setting) -> str:
     return f"Only for {', '.join(setting.targets)}" if setting.targets else "Device"
 
 
-def _help(setting: Setting, value: Any) -> str:
+def _help(setting: Setting, value: Any, tell_default: bool) -> str:
+    text = _help_and_default(setting, value)
+    return text if tell_default else text.rpartition(" [default")[0] or text
+
+
+def _help_and_default(setting: Setting, value: Any) -> str:
     if isinstance(setting, schema.Switch):
         if value is setting.default:
             return f"{setting.help} [default]"
@@ -78,9 +83,11 @@ def _help(setting: Setting, value: Any) -> str:
     return setting.help if default in ("", "{}") else f"{setting.help} [default: {default}]"
 
 
-def _settings_options() -> list[click.Option]:
+def settings_options(scope: str = "") -> list[click.Option]:
+    """The options of all settings, or of those of a scope, where what isn't given stays as it is."""
     ordered = sorted(SETTINGS.values(), key=lambda s: (s.section != "device", bool(s.targets), s.targets))
-    return [SettingOption(s, flags, value) for s in ordered for flags, value in s.spellings()]
+    ordered = [s for s in ordered if scope in ("", s.scope)]
+    return [SettingOption(s, flags, value, not scope) for s in ordered for flags, value in s.spellings()]
 
 
 def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -91,7 +98,7 @@ def _serve_params() -> list[click.Parameter]:
     return [
         click.Argument(["target"], required=False, shell_complete=_complete_target),
         click.Argument(["words"], nargs=-1, metavar="[FILE]", type=click.Path(readable=False)),
-        *_settings_options(),
+        *settings_options(),
         click.Option(
             ["--config"], metavar="FILE", type=click.Path(), help="Read settings from this TOML file."
         ),
@@ -102,8 +109,8 @@ def _serve_params() -> list[click.Parameter]:
 
 def _spec(
     given: dict[str, tuple[Any, str]], target: str | None, words: tuple[str, ...], config: str | None
-) -> DeviceSpec:
-    """The device that a command line asks for."""
+) -> tuple[DeviceSpec, dict[str, Any]]:
+    """The device that a command line asks for, and where that is written: config file and given settings."""
     from ublkd.config import loader
     from ublkd.errors import UsageError
 
@@ -131,7 +138,7 @@ def _spec(
         fault = loader.misplaced(name, values.get("target") or file_target or "")
         if fault:
             raise UsageError(f"{flag} {fault}")
-    return loader.resolve(values, config)
+    return loader.resolve(values, config), {"config": config and os.path.abspath(config), "given": values}
 
 
 def _known_target(target: str) -> str:
@@ -153,7 +160,7 @@ def _serve(
 
     if verb == "run" and json and not dry_run:
         raise UsageError("run --json needs --dry-run", "add --json prints the device")
-    spec = _spec(click.get_current_context().ensure_object(dict), target, words, config)
+    spec, origin = _spec(click.get_current_context().ensure_object(dict), target, words, config)
     from ublkd import log, supervisor
 
     if dry_run:
@@ -162,8 +169,8 @@ def _serve(
         return 0
     log.setup(spec.log_level, spec.log_format)
     if verb == "run":
-        return supervisor.run_foreground(spec)
-    path = supervisor.run_background(spec)
+        return supervisor.run_foreground(spec, origin=origin)
+    path = supervisor.run_background(spec, origin=origin)
     if not json:
         click.echo(path)
         return 0

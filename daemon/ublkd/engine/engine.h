@@ -140,6 +140,8 @@ void ublkd_ctrl_destroy(struct ublkd_ctrl *ctrl);
 void ublkd_set_title(const char *title);
 /* Die by SIGKILL when the parent dies. -ESRCH if it is no longer parent_pid. */
 int ublkd_die_with_parent(int parent_pid);
+/* Be the parent of grandchildren whose parent ends. */
+int ublkd_adopt_orphans(void);
 /* Memory that this process allocates while serving must not wait for its own disk to take dirty pages. */
 int ublkd_be_io_flusher(void);
 /*

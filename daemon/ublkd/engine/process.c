@@ -50,6 +50,13 @@ int ublkd_die_with_parent(int parent_pid)
 	return 0;
 }
 
+int ublkd_adopt_orphans(void)
+{
+	if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0)
+		return ublkd_error(-errno, "prctl(PR_SET_CHILD_SUBREAPER): %s", strerror(errno));
+	return 0;
+}
+
 int ublkd_be_io_flusher(void)
 {
 	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0)

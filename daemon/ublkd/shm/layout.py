@@ -8,6 +8,7 @@ HEADER_BYTES = 4096
 # struct ublkd_shm_header: magic, version, header_bytes, slot_bytes, nr_queues, dev_id, depth,
 # supervisor_pid, start_ns, dev_bytes
 HEADER_FORMAT = "<Q6I3Q"
+SUPERVISOR_PID_OFFSET = 32
 DEV_BYTES_OFFSET = 48
 
 OPS = ("read", "write", "flush", "discard", "write_zeroes", "other")

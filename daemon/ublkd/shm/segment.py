@@ -16,20 +16,20 @@ from typing import Any
 from ublkd.shm import layout
 
 
-def _untracked(name: str, size: int) -> shared_memory.SharedMemory:
-    """A new segment that Python's resource tracker knows nothing of.
+def _untracked(name: str, size: int = 0) -> shared_memory.SharedMemory:
+    """A segment, new if it is given a size, that Python's resource tracker knows nothing of.
 
     The tracker would be one more process per device, and would remove the
     segment under the workers when a supervisor dies; `track` came with 3.13
     (https://github.com/python/cpython/issues/82300).
     """
     if sys.version_info >= (3, 13):
-        return shared_memory.SharedMemory(name, create=True, size=size, track=False)
+        return shared_memory.SharedMemory(name, create=bool(size), size=size, track=False)
     tracker: Any = shared_memory.resource_tracker  # type: ignore[attr-defined]
     register = tracker.register
     tracker.register = lambda *_args: None
     try:
-        return shared_memory.SharedMemory(name, create=True, size=size)
+        return shared_memory.SharedMemory(name, create=bool(size), size=size)
     finally:
         tracker.register = register
 
@@ -37,9 +37,15 @@ def _untracked(name: str, size: int) -> shared_memory.SharedMemory:
 class Segment:
     """The segment of one device; .buf is its writable mapping."""
 
-    def __init__(self, dev_id: int, queues: int, depth: int, dev_bytes: int) -> None:
+    def __init__(self, dev_id: int, queues: int, depth: int, dev_bytes: int, go_on: bool = False) -> None:
+        """go_on: keep the counters of the device's last server, if they are of this layout."""
+        self.buf: Any
         name = layout.name_of(dev_id)
         self.path = f"/dev/shm/{name}"
+        if go_on and self._attach(name, queues):
+            struct.pack_into("<Q", self.buf, layout.SUPERVISOR_PID_OFFSET, os.getpid())
+            self.set_dev_bytes(dev_bytes)
+            return
         # What a killed supervisor of this number left behind is of no use to anybody now.
         self.unlink()
         self._shm = _untracked(name, layout.segment_bytes(queues))
@@ -61,6 +67,23 @@ class Segment:
             time.time_ns(),
             dev_bytes,
         )
+
+    def _attach(self, name: str, queues: int) -> bool:
+        try:
+            self._shm = _untracked(name)
+        except (OSError, ValueError):  # none there, or an empty one
+            return False
+        mapping: Any = self._shm.buf
+        self.buf = mapping
+        size = struct.calcsize(layout.HEADER_FORMAT)
+        if len(self.buf) >= size:
+            magic, version, header, slot, nr_queues, *_ = struct.unpack_from(layout.HEADER_FORMAT, self.buf)
+            ours = (layout.MAGIC, layout.VERSION, layout.HEADER_BYTES, layout.SLOT_BYTES, queues)
+            if (magic, version, header, slot, nr_queues) == ours and len(self.buf) >= layout.segment_bytes(queues):
+                return True
+        del self.buf, mapping
+        self._shm.close()
+        return False
 
     def set_dev_bytes(self, dev_bytes: int) -> None:
         """Tell the engines of a new device size, bytes."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ublkd.targets.base import ControlTarget
 
 
-def _make_target(spec: DeviceSpec) -> ControlTarget:
+def make_target(spec: DeviceSpec) -> ControlTarget:
+    """The control side of spec's target, checked by itself; nothing is opened."""
     cls = targets.get(spec.target)
     cls.check(spec)
     return cls(spec)
@@ -88,10 +89,13 @@ def run_foreground(
     target: ControlTarget | None = None,
     on_live: Callable[[dict[str, Any]], None] | None = None,
     recover_id: int | None = None,
+    origin: dict[str, Any] | None = None,
+    background: bool = False,
 ) -> int:
     """Serve a device until a signal to stop: exit status. The path goes to stdout once the device is live.
 
-    A device of the same target and file, or number, whose server died is taken over.
+    A device of the same target and file, or number, whose server died is taken over. origin, {"config": path or
+    None, "given": {...}}, is where the settings come from: SIGHUP reads the file again.
     """
     from ublkd.supervisor.supervisor import Supervisor
 
@@ -103,13 +107,38 @@ def run_foreground(
     def announce(record: dict[str, Any]) -> None:
         print(record["path"], flush=True)
 
-    return Supervisor(
-        spec, target or _make_target(spec), recover_id=recover_id, on_live=on_live or announce
-    ).run()
+    supervisor = Supervisor(
+        spec,
+        target or make_target(spec),
+        recover_id=recover_id,
+        on_live=on_live or announce,
+        origin=origin,
+        background=background,
+    )
+    status = supervisor.run()
+    if supervisor.successor and not background and not os.environ.get("NOTIFY_SOCKET"):
+        # Whoever started this process takes its end for the end of the device.
+        return _outlive(supervisor.dev_id, supervisor.successor)
+    return status
 
 
-def run_background(spec: DeviceSpec, *, recover_id: int | None = None) -> str:
-    """Serve a device from a process of its own: the path, once it is live."""
+def _outlive(dev_id: int, successor: int) -> int:
+    from ublkd import native
+    from ublkd.supervisor import handover
+
+    native.adopt_orphans()
+
+    def current() -> int | None:
+        record = inventory.read_record(dev_id)
+        return record["supervisor"]["pid"] if record else None
+
+    return handover.outlive(successor, current)
+
+
+def run_background(
+    spec: DeviceSpec, *, recover_id: int | None = None, origin: dict[str, Any] | None = None
+) -> str:
+    """As run_foreground(), from a process of its own: the path, once it is live."""
     if recover_id is None:
         recover_id = _take_over(spec)
     if recover_id is None:
@@ -120,7 +149,7 @@ def run_background(spec: DeviceSpec, *, recover_id: int | None = None) -> str:
     pid = os.fork()
     if pid == 0:
         os.close(result_r)
-        _background(spec, recover_id, result_w)
+        _background(spec, recover_id, origin, result_w)
     os.close(result_w)
     try:
         with open(result_r, "rb") as pipe:
@@ -152,11 +181,13 @@ def _answer(fd: int, **result: object) -> None:
     os.write(fd, json.dumps(result).encode() + b"\n")
 
 
-def _background(spec: DeviceSpec, recover_id: int | None, result_fd: int) -> NoReturn:
+def _background(
+    spec: DeviceSpec, recover_id: int | None, origin: dict[str, Any] | None, result_fd: int
+) -> NoReturn:
     """The supervisor's own process. Only the outcome of the start goes back to whoever asked for the device."""
     from ublkd.supervisor.supervisor import explain
 
-    status, live = 1, False
+    status, live, handed_over, dev_id = 1, False, False, -1
     log_file = ""
     try:
         os.setsid()
@@ -176,15 +207,16 @@ def _background(spec: DeviceSpec, recover_id: int | None, result_fd: int) -> NoR
         log.setup(spec.log_level, spec.log_format)
 
         def on_live(record: dict[str, Any]) -> None:
-            nonlocal live, log_file
-            live = True
+            nonlocal live, log_file, dev_id
+            live, dev_id = True, record["id"]
             if log_file:
                 os.rename(log_file, log_path(record["id"]))
                 log_file = log_path(record["id"])
             _answer(result_fd, path=record["path"], remark=record["remark"])
             os.close(result_fd)
 
-        status = run_foreground(spec, on_live=on_live, recover_id=recover_id)
+        status = run_foreground(spec, on_live=on_live, recover_id=recover_id, origin=origin, background=True)
+        handed_over = live and _served_by_another(dev_id)
         if not live:
             _answer(result_fd, error="stopped before the device was live")
     except BaseException as e:
@@ -195,12 +227,17 @@ def _background(spec: DeviceSpec, recover_id: int | None, result_fd: int) -> NoR
         status = getattr(e, "exit_status", 1)
     finally:
         # Without a device there is nothing to read about; one that was given up keeps its log.
-        if log_file and (status == 0 or not live):
+        if log_file and not handed_over and (status == 0 or not live):
             try:
                 os.unlink(log_file)
             except OSError:
                 pass
         os._exit(status)
+
+
+def _served_by_another(dev_id: int) -> bool:
+    record = inventory.read_record(dev_id)
+    return record is not None and bool(record["supervisor"]["pid"] != os.getpid())
 
 
 def plan(spec: DeviceSpec) -> dict[str, Any]:
@@ -210,7 +247,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
     from ublkd.supervisor import create, placement
 
     _checked(spec)
-    target = _make_target(spec)
+    target = make_target(spec)
     limits = target.open()
     try:
         out: dict[str, Any] = {
@@ -275,6 +312,22 @@ def recover(dev_id: int, background: bool = True) -> str:
     run_foreground(spec, recover_id=dev_id)
     path: str = record["path"]
     return path
+
+
+def upgrade(dev_id: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Replace the server of a live device by the version of this process: {"pid", "version", "pause_ms"}.
+
+    settings, of scope "hot", change with it. Whoever uses the device sees a pause. UblkdError if the old server
+    serves on.
+    """
+    from ublkd.supervisor import endpoint
+
+    record = _record_of(dev_id)
+    if not _is_served(record):
+        raise UblkdError(f"device {dev_id} is not served", hint=f"`ublkd recover {dev_id}` serves it again")
+    # Everything that can take its time there is bounded by start_timeout, and happens at most three times.
+    patience = 3 * _spec_of(record).start_timeout + 30
+    return endpoint.ask(dev_id, patience, op="upgrade", settings=settings or {}, python=sys.executable)
 
 
 def users_of(dev_id: int) -> list[str]:
@@ -349,7 +402,7 @@ def resize(dev_id: int, new_size: int | None) -> int:
         raise UblkdError(f"device {dev_id} is not served", hint=f"`ublkd recover {dev_id}` first")
     spec = _spec_of(record)
     spec.block_size = record["block_size"]  # what it came to, not only what was asked for
-    size = _make_target(spec).resized(new_size)
+    size = make_target(spec).resized(new_size)
     if size == record["size"]:
         return size
     with Control() as ctl:

@@ -13,18 +13,21 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from ublkd import inventory, log, native
+from ublkd._version import __version__
 from ublkd.control import uapi
 from ublkd.control.commands import AddRequest, Control, DeviceInfo, Operation
 from ublkd.control.device import open_char, path_of
-from ublkd.errors import DriverError, UblkdError, errno_of
+from ublkd.errors import DriverError, UblkdError, UsageError, errno_of
 from ublkd.shm.segment import Segment
 from ublkd.supervisor import create, placement
 from ublkd.supervisor.child import Worker, WorkerDied
 from ublkd.supervisor.crashes import CrashBudget
+from ublkd.supervisor.endpoint import Endpoint
+from ublkd.supervisor.handover import Successor, Upgraded
 from ublkd.supervisor.mounts import mount_points
 from ublkd.supervisor.watchdog import Watchdog
 from ublkd.worker import main as worker
@@ -47,7 +50,8 @@ class Supervisor:
     """Serves one device from start to end: run() is all there is to call.
 
     recover_id names a quiesced device to take over instead of making one. on_live is called once, with the
-    record, when the device can be used. on_gone is called when the device was removed.
+    record, when the device can be used. origin, {"config", "given"}, is where the settings came from, for SIGHUP.
+    after run(), successor is the pid of the supervisor that serves the device now, if it was handed over.
     """
 
     def __init__(
@@ -57,8 +61,14 @@ class Supervisor:
         *,
         recover_id: int | None = None,
         on_live: Callable[[dict[str, Any]], None] = lambda record: None,
+        origin: dict[str, Any] | None = None,
+        background: bool = False,
     ) -> None:
         self.spec = spec
+        self.origin = origin or {}
+        self.background = background
+        self.after_handover = False
+        self.successor: int | None = None
         self.target = target
         self.recover_id = recover_id
         self.on_live = on_live
@@ -66,6 +76,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._crashes = CrashBudget(spec.crash_limit)
         self._exit = ExitStack()
+        self._endpoint: Endpoint | None = None
         self._live = False
         self._keep_device = False
         self.recoveries = 0
@@ -102,9 +113,8 @@ class Supervisor:
         """Handlers only note the number and wake the loop up; all else happens there."""
         self._wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wake_fds = [self._wake_r, wake_w]
-        for sig in (*STOP_SIGNALS, signal.SIGCHLD):
+        for sig in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(sig, lambda number, _frame: self._signals.append(number))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
 
@@ -168,9 +178,15 @@ class Supervisor:
         self.log.warning("the driver dropped flags", flags=names)
 
     def _make_segment(self) -> None:
-        self.segment = Segment(self.dev_id, self.info.queues, self.info.depth, self.limits.size)
-        self._exit.callback(self.segment.unlink)
+        self.segment = Segment(
+            self.dev_id, self.info.queues, self.info.depth, self.limits.size, go_on=self.recover_id is not None
+        )
+        self._exit.callback(self._drop_segment)
         self._watchdog = Watchdog(self.segment, self.spec.hang_timeout)
+
+    def _drop_segment(self) -> None:
+        if not self.successor:
+            self.segment.unlink()
 
     def _place(self) -> None:
         masks = [self.ctl.queue_affinity(self.dev_id, q) for q in range(self.info.queues)]
@@ -222,7 +238,7 @@ class Supervisor:
             status_fd=status_w,
             wake_fd=wake_fd,
             supervisor_pid=me,
-            close_fds=[*others, status_r, *self._wake_fds, self._mounts.fileno()],
+            close_fds=[*others, status_r, *self._wake_fds, self._mounts.fileno(), *self._other_fds()],
             control=self.ctl,
         )
         gc.disable()
@@ -232,6 +248,9 @@ class Supervisor:
         gc.enable()
         os.close(status_w)
         self.workers.append(Worker(qid, pid, self.cpus[qid], status_r, wake_fd))
+
+    def _other_fds(self) -> list[int]:
+        return self._endpoint.fds() if self._endpoint else []
 
     def _dead_worker(self) -> Worker | None:
         """A worker that has exited, the one with the most to say first."""
@@ -257,6 +276,8 @@ class Supervisor:
         poller = select.poll()
         poller.register(self._wake_r, select.POLLIN)
         poller.register(self._mounts, select.POLLPRI)
+        for fd in self._endpoint.fds() if self._endpoint and op is None else ():
+            poller.register(fd, select.POLLIN)
         if op is not None and op.fileno() >= 0:
             poller.register(op.fileno(), select.POLLIN)
         for w in self.workers:
@@ -264,10 +285,8 @@ class Supervisor:
                 poller.register(w.pidfd, select.POLLIN)
         if any(fd == self._mounts.fileno() for fd, _ in poller.poll(max(0.0, timeout) * 1000)):
             self._drop_own_mounts()
-        try:
+        with suppress(BlockingIOError):
             os.read(self._wake_r, 4096)
-        except BlockingIOError:
-            pass
 
     def _stop_asked(self) -> bool:
         return any(s in STOP_SIGNALS for s in self._signals)
@@ -297,6 +316,7 @@ class Supervisor:
     def _go_live(self) -> None:
         self._live = True
         self._set_scheduler()
+        self._open_endpoint()
         self._write_record()
         for w in self.workers:
             self.log.info("queue served", queue=w.qid, pid=w.pid, cpu=w.cpu)
@@ -305,13 +325,28 @@ class Supervisor:
         self._notify_systemd()
         self.on_live(self.record)
 
+    def _open_endpoint(self) -> None:
+        try:
+            self._endpoint = Endpoint(self.dev_id)
+        except OSError as e:
+            self.log.warning("`ublkd upgrade` can't reach this supervisor", reason=e.strerror)
+            return
+        self._exit.callback(self._close_endpoint)
+
+    def _close_endpoint(self) -> None:
+        if self._endpoint:
+            self._endpoint.close(unlink=not self.successor)
+            self._endpoint = None
+
     def _set_scheduler(self) -> None:
         """An elevator sends single requests through kblockd; `none` is the largest single gain there is."""
         if self.spec.scheduler != "none":
             return
         try:
-            with open(f"/sys/block/ublkb{self.dev_id}/queue/scheduler", "w") as f:
-                f.write("none")
+            with open(f"/sys/block/ublkb{self.dev_id}/queue/scheduler", "r+") as f:
+                # A disk that was taken over mostly has it already, and a change stops the queues for a moment.
+                if "[none]" not in f.read():
+                    f.write("none")
         except OSError as e:
             self.log.warning("the disk keeps its scheduler", reason=e.strerror)
 
@@ -337,12 +372,14 @@ class Supervisor:
             "supervisor": {"pid": os.getpid(), "start_time": inventory.start_time(os.getpid())},
             "workers": [{"queue": w.qid, "pid": w.pid, "cpu": w.cpu} for w in self.workers],
             "settings": self.spec.to_dict(),
+            "origin": self.origin,
+            "version": __version__,
             "boot_id": inventory.boot_id(),
             "files": self.target.files(),
         }
         inventory.write_record(self.record)
 
-    def _notify_systemd(self) -> None:
+    def _notify_systemd(self, main_pid: int = 0) -> None:
         address = os.environ.get("NOTIFY_SOCKET")
         if not address:
             return
@@ -352,17 +389,20 @@ class Supervisor:
             address = "\0" + address[1:]
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-                s.sendto(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {path_of(self.dev_id)}".encode(), address)
+                pid = main_pid or os.getpid()
+                s.sendto(f"READY=1\nMAINPID={pid}\nSTATUS=serving {path_of(self.dev_id)}".encode(), address)
         except OSError as e:
             self.log.warning("systemd was not told", reason=e.strerror)
 
     def _watch(self) -> int:
         """Until a signal to stop: exit status. A worker that dies is replaced, within the crash budget."""
         try:
-            while not self._stop_asked():
+            while not self._stop_asked() and not self.successor:
                 dead = self._dead_worker()
                 if dead is None:
                     self._look_for_hangs()
+                    if self._take_requests():
+                        continue
                     self._sleep(None, self._watchdog.interval)
                     continue
                 if self._stopped_by_others():
@@ -378,6 +418,8 @@ class Supervisor:
             self._keep_device = True
             self._end_workers()
             raise
+        if self.successor:
+            return 0
         self.log.info("stopping")
         return 0
 
@@ -431,15 +473,15 @@ class Supervisor:
         inventory.write_record(self.record)
         return UblkdError(reason, hint=f"its users get I/O errors: `ublkd del {self.dev_id}` removes what is left")
 
-    def _replace_server(self) -> None:
+    def _replace_server(self, planned: bool = False) -> None:
         began = time.monotonic()
         self._end_workers()
         self.ctl.start_recovery(self.dev_id, timeout=self.spec.start_timeout)
         self._spawn()
         self._await(self.ctl.begin_end_recovery(self.dev_id, os.getpid()), "recover")
-        self.recoveries += 1
+        self.recoveries += not planned
         self._write_record()
-        self.log.info("recovered", seconds=round(time.monotonic() - began, 3))
+        self.log.info("taken over" if planned else "recovered", seconds=round(time.monotonic() - began, 3))
 
     def _adopt(self, dev_id: int, limits: Limits) -> None:
         """Take over a device whose supervisor died."""
@@ -455,9 +497,166 @@ class Supervisor:
         self._place()
         self._make_segment()
         self._exit.callback(self._end_workers)
-        self._replace_server()
+        before = inventory.read_record(dev_id) or {}
+        self.recoveries = int(before.get("recoveries") or 0)
+        self._replace_server(self.after_handover)
         self._keep_device = False
         self._exit.callback(self._remove)
+
+    # Upgrade: handover.py has the states
+
+    def _take_requests(self) -> bool:
+        """See to what came in by the socket or as SIGHUP; whether there was anything."""
+        asked = False
+        for request in self._endpoint.requests() if self._endpoint else ():
+            asked = True
+            try:
+                if request.op != "upgrade":
+                    raise UblkdError(f"{request.op!r} is nothing that this version of ublkd knows")
+                done = self._upgrade(self._changed(request.body.get("settings")), str(request.body.get("python") or ""))
+                request.answer(pid=done.pid, version=done.version, pause_ms=round(done.pause_s * 1000, 1))
+            except UblkdError as e:
+                self.log.error("not upgraded", reason=e.message)
+                request.refuse(e)
+            if self.successor:
+                break
+        if signal.SIGHUP in self._signals and not self.successor:
+            asked = True
+            self._signals = [s for s in self._signals if s != signal.SIGHUP]
+            try:
+                self._upgrade(self._reread())
+            except UblkdError as e:
+                self.log.error("not upgraded", reason=e.message)
+        return asked
+
+    def _changed(self, settings: object) -> DeviceSpec:
+        """Our spec with these settings."""
+        from ublkd.config.schema import DeviceSpec
+
+        if settings is None:
+            settings = {}
+        if not isinstance(settings, dict):
+            raise UsageError("settings are a table of names and values")
+        return self._only_hot(DeviceSpec.from_dict({**self.spec.to_dict(), **settings}))
+
+    def _reread(self) -> DeviceSpec:
+        """What the configuration file says now, if we are served from one."""
+        from ublkd.config import loader
+
+        if not self.origin.get("config"):
+            return self.spec
+        return self._only_hot(loader.resolve(self.origin["given"], self.origin["config"]))
+
+    def _only_hot(self, spec: DeviceSpec) -> DeviceSpec:
+        from ublkd.config.schema import SETTINGS, check_cpus
+
+        for name, setting in SETTINGS.items():
+            if setting.scope != "hot" and getattr(spec, name) != getattr(self.spec, name):
+                raise UsageError(
+                    f"{name} can't change while the device is live",
+                    hint=f"`ublkd del {self.dev_id}` and add it anew, or leave {name} as it is",
+                )
+        check_cpus(spec.cpus or ())
+        return spec
+
+    def _upgrade(self, spec: DeviceSpec, python: str = "") -> Upgraded:
+        """Hand the device to a new supervisor; UblkdError if that didn't work and we serve on."""
+        if not self.info.flags & uapi.F_USER_RECOVERY:
+            raise UblkdError("this driver ends a device with its server", hint="it lacks USER_RECOVERY (Linux 6.1)")
+        self.log.info("upgrade asked for", python=python or None)
+        hello = {
+            "dev_id": self.dev_id,
+            "settings": spec.to_dict(),
+            "origin": self.origin,
+            "background": self.background,
+        }
+        new = Successor(python, hello)
+        try:
+            ready = new.await_word("ready", spec.start_timeout, self._sleep_while_serving)
+            began = time.monotonic()
+            self._quiesce()
+        except BaseException:
+            new.end()
+            raise
+        self.target.close(discard=False)
+        new.go()
+        try:
+            new.await_word("live", spec.start_timeout, self._sleep_until)
+        except UblkdError as e:
+            new.end()
+            self.log.error("upgrade failed, rolling back", reason=e.message)
+            self._roll_back()
+            raise
+        new.release()
+        # Nothing of the device is ours any more.
+        self._keep_device = True
+        self.successor = new.pid
+        done = Upgraded(new.pid, str(ready.get("version")), time.monotonic() - began)
+        self.log.info("upgraded", pid=done.pid, version=done.version, pause_ms=round(done.pause_s * 1000, 1))
+        self._notify_systemd(new.pid)
+        if self._stop_asked():
+            os.kill(new.pid, signal.SIGTERM)
+        return done
+
+    def _sleep_while_serving(self, fd: int, timeout: float) -> None:
+        if self._stop_asked():
+            raise StopRequested
+        if self._dead_worker() is not None:
+            raise UblkdError("a worker died before the new version was ready", hint="try again")
+        self._sleep_until(fd, timeout, self.workers)
+
+    def _sleep_until(self, fd: int, timeout: float, workers: list[Worker] | None = None) -> None:
+        """Until fd can be read, a signal comes, one of the workers ends, or timeout seconds passed."""
+        poller = select.poll()
+        for each in (fd, self._wake_r, *(w.pidfd for w in workers or [])):
+            poller.register(each, select.POLLIN)
+        poller.poll(max(0.0, timeout) * 1000)
+        with suppress(BlockingIOError):
+            os.read(self._wake_r, 4096)
+
+    def _quiesce(self) -> None:
+        """End the workers such that no request fails for it; UblkdError if that can't be, and they serve on."""
+        patience = float(self.spec.start_timeout)
+        if self.info.flags & uapi.F_QUIESCE:
+            try:
+                self.ctl.quiesce(self.dev_id, timeout=patience)
+            except DriverError as e:
+                # There is no way back from a quiesce: the driver holds new requests from here on.
+                self.log.warning("not all requests were finished", reason=e.message)
+                patience = 0.0
+            self._end_workers(grace=patience)
+            return
+        reissued = bool(self.info.flags & uapi.F_USER_RECOVERY_REISSUE)
+        for w in self.workers:
+            w.wake(native.WAKE_DRAIN if reissued else native.WAKE_DRAIN_IDLE)
+        if not reissued:
+            # What a worker held when it ended would fail. The first that ends with nothing makes the driver hold
+            # all new requests, and the others then finish theirs.
+            deadline = time.monotonic() + patience
+            while self._dead_worker() is None and time.monotonic() < deadline:
+                self._sleep(None, deadline - time.monotonic())
+            if self._dead_worker() is None:
+                for w in self.workers:
+                    w.wake(native.WAKE_SERVE)
+                raise UblkdError(
+                    f"no queue was without a request for {patience:.0f} seconds, and those in flight would fail",
+                    hint="try again when the device is less busy",
+                )
+        self._end_workers(grace=patience)
+
+    def _roll_back(self) -> None:
+        """Serve again what a successor failed to."""
+        while True:
+            try:
+                self.target.open(self.dev_id)
+                self._replace_server(planned=True)
+                return
+            except WorkerDied as e:
+                self.log.error("recovery failed", reason=e.message)
+                pause = self._crashes.died()
+                if pause is None:
+                    raise self._give_up() from None
+                self._sleep(None, pause)
 
     # The end
 

@@ -34,8 +34,9 @@ class Limits(NamedTuple):
 class ControlTarget:
     """A target as the supervisor sees it; one object per device, made before any device exists.
 
-    Order of calls: open() in the supervisor, where the user still sees errors; added() once the device has
-    its number; engine_target() in each worker, after the fork; close() in the supervisor. Errors are UblkdError.
+    Order of calls: preflight() if the device is to be taken over from its server; open() in the supervisor,
+    where the user still sees errors; added() once the device has its number; engine_target() in each worker, after
+    the fork; close() in the supervisor. Errors are UblkdError.
     """
 
     name = ""
@@ -51,6 +52,9 @@ class ControlTarget:
     @classmethod
     def check(cls, spec: DeviceSpec) -> None:
         """Refuse what is wrong with spec by itself, without touching what is behind the device."""
+
+    def preflight(self) -> None:
+        """Check what can be checked while another process serves this very device; UblkdError as from open()."""
 
     def open(self, dev_id: int | None = None) -> Limits:
         """Check and open what is behind the device. dev_id: take over the data of that quiesced device."""

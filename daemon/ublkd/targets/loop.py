@@ -22,6 +22,10 @@ class LoopTarget(ControlTarget):
     _fd = -1
     _dio_align = 0
 
+    def preflight(self) -> None:
+        self._path = os.path.abspath(self.spec.file or "")
+        self._stat()
+
     def open(self, dev_id: int | None = None) -> Limits:
         spec = self.spec
         self._path = os.path.abspath(spec.file or "")

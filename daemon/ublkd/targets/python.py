@@ -179,9 +179,12 @@ class PythonTarget(ControlTarget):
         self._dev_id: int | None = None
         self._shared: SharedFiles | None = None
 
-    def open(self, dev_id: int | None = None) -> Limits:
+    def preflight(self) -> None:
+        self._make()
+
+    def _make(self) -> Target:
+        """Import the class and make its object."""
         spec = self.spec
-        self._dev_id = dev_id
         label = self._label = spec.file or ""
         found = self._given
         if found is None:
@@ -192,9 +195,15 @@ class PythonTarget(ControlTarget):
             target = found() if isinstance(found, type) else found
         except Exception as e:
             raise _failed(label, "__init__()", e) from e
-        self._target = target
         _check(label, target)
         self.idempotent = bool(target.idempotent)
+        return target
+
+    def open(self, dev_id: int | None = None) -> Limits:
+        spec = self.spec
+        self._dev_id = dev_id
+        target = self._target = self._make()
+        label = self._label
         if spec.queues > 1 and not target.multiprocess:
             raise UsageError(
                 f"{label} serves one queue, not {spec.queues}: each queue has a process of its own, "

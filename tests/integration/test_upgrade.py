@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live device gets a new server: an edge of the handover's state machine each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lib.device import Device, cli
+from lib.tools import MIB, fio_command, forget, has, pread, pwrite, read, wait_until
+
+from ublkd.errors import UblkdError
+from ublkd.supervisor import endpoint
+
+SIZE = 64 * MIB
+HERE = Path(__file__).resolve().parent
+
+
+@contextmanager
+def verifying(device: Device) -> Iterator[None]:
+    """fio writes and verifies, over and over, to the end of the block; without an error, or the test fails."""
+    enough, faults = threading.Event(), list[str]()
+
+    def again_and_again() -> None:
+        job = {"rw": "randwrite", "bs": "4k-64k", "iodepth": 16, "size": 8 * MIB, "rate": 4 * MIB}
+        while not enough.is_set() and not faults:
+            done = subprocess.run(fio_command(device.path, job), stdout=-1, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                faults.append(done.stdout[:2000])
+
+    thread = threading.Thread(target=again_and_again)
+    thread.start()
+    try:
+        wait_until(lambda: device.ios("write") > 20, "fio writes")
+        yield
+    finally:
+        enough.set()
+        thread.join()
+    assert not faults, faults
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and no zombie."""
+    return os.path.exists(f"/proc/{pid}/exe")
+
+
+def upgrade(device: Device, *options: object) -> dict[str, Any]:
+    """`ublkd upgrade`, which must succeed: what it printed. The device then has another supervisor."""
+    done = cli("upgrade", device.id, "--json", *options)
+    assert done.status == 0, done.err
+    [result] = json.loads(done.out)
+    old, device.supervisor = device.supervisor, device.record["supervisor"]["pid"]
+    assert result["pid"] == device.supervisor != old and result["version"] == device.record["version"]
+    assert result["pause_ms"] > 0
+    wait_until(lambda: not alive(old), "the old supervisor ends")
+    return dict(result)
+
+
+def make(target: str, serve: Callable[..., Device], image: Callable[..., Path], **settings: Any) -> Device:
+    if target == "loop":
+        return serve("loop", image(SIZE), **settings)
+    file = f"{HERE}/lib/targets.py:Disk" if target == "python" else None
+    return serve(target, file, size=SIZE, **settings)
+
+
+@pytest.mark.parametrize(
+    ("policy", "target"), [("requeue", "loop"), ("requeue", "python"), ("fail", "memory"), ("fail", "loop")]
+)
+def test_users_notice_nothing(
+    policy: str, target: str, serve: Callable[..., Device], image: Callable[..., Path]
+) -> None:
+    device = make(target, serve, image, on_crash=policy, hang_timeout=30)
+    with verifying(device):
+        before, workers = device.ios("write"), device.workers()
+        upgrade(device)
+        assert not set(workers) & set(device.workers())
+        assert device.ios("write") >= before, "the counters go on"
+        upgrade(device, "--hang-timeout", "7", "--log-level", "debug", "--cpus", "1,0")
+    record = device.record
+    assert (record["settings"]["hang_timeout"], record["settings"]["cpus"]) == (7, [1, 0])
+    assert [worker["cpu"] for worker in record["workers"]] == [1, 0, 1, 0]
+    assert record["recoveries"] == 0 and device.state == "live"
+    assert read(f"/run/ublkd/{device.id}.log").count('"upgraded"') == 2
+
+
+def test_what_can_not_change(serve: Callable[..., Device]) -> None:
+    device = serve("memory", size=SIZE, queues=1)
+    with pytest.raises(UblkdError, match="depth can't change while the device is live"):
+        endpoint.ask(device.id, 30, op="upgrade", settings={"depth": 32})
+    with pytest.raises(UblkdError, match="unknown setting 'dept'"):
+        endpoint.ask(device.id, 30, op="upgrade", settings={"dept": 32})
+    done = cli("upgrade", device.id, "--cpus", "4095")
+    assert done.status == 2 and "CPU 4095" in done.err
+    done = cli("upgrade", 77)
+    assert done.status == 1 and "device 77 is not one of ublkd's" in done.err
+    assert alive(device.supervisor) and device.record["supervisor"]["pid"] == device.supervisor
+
+
+READY, LIVE = "say(ready=1, version='9'); hear(); ", "time.sleep(60)"
+BROKEN = {
+    "not there": (None, "can't be run: No such file"),
+    "ends at once": ("sys.exit(3)", "exited with 3 before it was ready"),
+    "refuses": ("say(error='I do not like it', hint=''); time.sleep(60)", "can't serve: I do not like it"),
+    "never ready": ("time.sleep(60)", "was not ready within 8 seconds"),
+    "killed when it should serve": (READY + "os.kill(os.getpid(), 9)", "was killed by SIGKILL before it was live"),
+    "fails to serve": (READY + "say(error='no'); time.sleep(60)", "can't serve: no"),
+    "never live": (READY + "time.sleep(60)", "was not live within 8 seconds"),
+    "takes half of it": (
+        READY + "from ublkd.control.commands import Control; Control().start_recovery(DEV_ID, 5); "
+        "f = open('/dev/ublkcDEV_ID'); time.sleep(60)",
+        "was not live within 8 seconds",
+    ),
+}
+FAKE = """#!{python} -B
+import json, os, socket, sys, time
+channel = socket.socket(fileno=int(sys.argv[3]))
+def hear(): channel.recv(65536)
+def say(**words): channel.send(json.dumps(words).encode())
+hear()
+{body}
+"""
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_new_version_that_is_broken(how: str, serve: Callable[..., Device], tmp_path: Path) -> None:
+    """The old one goes on, or serves again; whoever uses the device sees nothing of it."""
+    body, reason = BROKEN[how]
+    device = serve("memory", size=SIZE, queues=2, start_timeout=8)
+    python = tmp_path / "python"
+    if body is not None:
+        python.write_text(FAKE.format(python=sys.executable, body=body.replace("DEV_ID", str(device.id))))
+        python.chmod(0o755)
+    with verifying(device):
+        with pytest.raises(UblkdError, match=reason):
+            endpoint.ask(device.id, 60, op="upgrade", python=str(python))
+        assert alive(device.supervisor) and device.record["supervisor"]["pid"] == device.supervisor
+        assert len(device.workers()) == 2 and all(alive(pid) for pid in device.workers())
+    if how == "takes half of it":
+        upgrade(device, "--start-timeout", "30")
+
+
+def test_a_worker_dies_before_the_new_version_is_ready(serve: Callable[..., Device], tmp_path: Path) -> None:
+    device = serve("memory", size=SIZE, queues=2, start_timeout=20)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\nsleep 60\n")
+    python.chmod(0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
+        s.connect(endpoint.path_of(device.id))
+        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+        wait_until(lambda: "upgrade asked for" in read(f"/run/ublkd/{device.id}.log"), "it begins")
+        os.kill(device.workers()[0], signal.SIGKILL)
+        s.settimeout(20)
+        assert "a worker died" in json.loads(s.recv(65536))["error"]
+    wait_until(lambda: device.record["recoveries"] == 1, "the worker is replaced")
+    assert device.state == "live"
+
+
+def test_the_old_supervisor_is_killed_meanwhile(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """The new version, not handed the device yet, ends too; what is left can be recovered."""
+    device = serve("memory", size=SIZE, queues=1, start_timeout=20)
+    pwrite(device.path, b"kept", MIB)
+    python, started = tmp_path / "python", tmp_path / "started"
+    python.write_text(f"#!/bin/bash\ntouch {started}\nsleep 1\nexec {sys.executable} \"$@\"\n")
+    python.chmod(0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
+        s.connect(endpoint.path_of(device.id))
+        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+        wait_until(started.exists, "the new version starts")
+        device.kill_supervisor()
+    time.sleep(4)
+    assert device.state == "quiesced"
+    assert cli("recover", device.id).status == 0
+    device.supervisor = device.record["supervisor"]["pid"]
+    forget(device.path)
+    assert pread(device.path, 4, MIB) == b"kept"
+
+
+def test_hangup_reads_the_configuration_again(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """In the foreground, where the process that was started stays until the device is gone."""
+    config = tmp_path / "disk.toml"
+    text = '[device]\ntarget = "memory"\nsize = "64M"\nnumber = 11\n[recovery]\nhang_timeout = 30\n'
+    config.write_text(text)
+    first = subprocess.Popen(
+        [sys.executable, "-B", "-m", "ublkd", "run", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert first.stdout and first.stdout.readline() == b"/dev/ublkb11\n"
+        device = Device("/dev/ublkb11")
+        assert device.supervisor == first.pid
+        pwrite(device.path, b"kept", MIB)
+        config.write_text(text.replace("64M", "32M"))
+        os.kill(first.pid, signal.SIGHUP)
+        time.sleep(2)
+        assert device.record["supervisor"]["pid"] == first.pid, "a size is no live setting"
+        config.write_text(text.replace("= 30", "= 9"))
+        for pid in (first.pid, None):
+            old = pid or device.record["supervisor"]["pid"]
+            os.kill(old, signal.SIGHUP)
+            wait_until(lambda old=old: device.record["supervisor"]["pid"] != old, "another one serves")  # type: ignore[misc]
+        assert device.record["settings"]["hang_timeout"] == 9 and first.poll() is None
+        wait_until(lambda: device.state == "live", "it is live")
+        forget(device.path)
+        assert pread(device.path, 4, MIB) == b"kept"
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(timeout=30) == 0
+        assert not os.path.exists(device.path) and not os.path.exists("/run/ublkd/11.json")
+    finally:
+        first.kill()
+        said = first.communicate()[1].decode()
+    assert "size can't change while the device is live" in said, said
+
+
+def test_stop_during_an_upgrade(serve: Callable[..., Device], tmp_path: Path) -> None:
+    device = serve("memory", size=SIZE, queues=1)
+    python, started = tmp_path / "python", tmp_path / "started"
+    python.write_text(f"#!/bin/bash\ntouch {started}\nsleep 60\n")
+    python.chmod(0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
+        s.connect(endpoint.path_of(device.id))
+        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+        wait_until(started.exists, "the new version starts")
+        device.stop()
+    assert device.state == "gone"
+
+
+def test_nonsense_on_the_socket(serve: Callable[..., Device]) -> None:
+    """It is refused, and who says nothing keeps nobody waiting."""
+    device = serve("null", size=SIZE, queues=1)
+    silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(12)]
+    for s in silent:
+        s.connect(endpoint.path_of(device.id))
+        time.sleep(0.02)
+    nonsense = [b"{", b"[]", b'{"protocol": 99}', b'{"protocol": 1}', b'{"protocol": 1, "op": []}', b"[" * 9000]
+    for message in nonsense:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
+            s.settimeout(20)
+            s.connect(endpoint.path_of(device.id))
+            s.send(message)
+            assert "error" in json.loads(s.recv(65536)), message
+    for s in silent:
+        s.close()
+    assert oct(os.stat(endpoint.path_of(device.id)).st_mode & 0o777) == "0o600"
+    upgrade(device)
+
+
+def test_too_busy_without_quiesce(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """Where requests in flight would fail, the old server goes on; so it does where they can be waited for."""
+    gate = tmp_path / "gate"
+    settings = {"queues": 1, "size": SIZE, "on_crash": "fail", "start_timeout": 8, "params": {"gate": str(gate)}}
+    device = serve("python", f"{HERE}/lib/targets.py:Held", **settings)
+    pwrite(device.path, b"precious" * 512, MIB)
+    forget(device.path)
+    reader = subprocess.Popen(
+        ["dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct", "status=none"],
+        stdout=subprocess.PIPE,
+    )
+    wait_until(lambda: device.word("started") > device.word("completed"), "the read is held")
+    if not has("QUIESCE"):
+        done = cli("upgrade", device.id)
+        assert done.status == 1 and "no queue was without a request for 8 seconds" in done.err
+        assert device.record["supervisor"]["pid"] == device.supervisor and reader.poll() is None
+    gate.touch()
+    assert reader.communicate(timeout=30)[0] == b"precious" * 512
+    upgrade(device)
