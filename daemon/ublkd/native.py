@@ -198,6 +198,10 @@ class Queue:
         self._queue: Any = ret[0]
         self._keep: tuple[Any, ...] = (cmdbuf, view, shm, target)
 
+    def fetch(self) -> None:
+        """Tell the driver that all tags are served here; run() then serves them."""
+        _check(lib.ublkd_queue_fetch(self._queue))
+
     def run(self) -> int:
         """Serve until the device stops (RUN_DONE), or wake_fd says so (RUN_WAKE, RUN_DRAINED). The GIL is free."""
         return _check(lib.ublkd_queue_run(self._queue))

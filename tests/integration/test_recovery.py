@@ -237,6 +237,29 @@ def test_a_new_start_takes_the_device_over(serve: Callable[..., Device], image: 
     assert (again.id, pread(again.path, 4, 4096)) == (9, b"kept")
 
 
+@pytest.mark.parametrize("who", ["worker", "supervisor"])
+def test_a_death_in_the_middle_of_a_recovery(who: str, serve: Callable[..., Device], tmp_path: Path) -> None:
+    """When some queues are served again and one is not yet: the worst moment for some drivers."""
+    device = serve("python", f"{HERE}/lib/targets.py:Frail", size=SIZE, params={"place": str(tmp_path)})
+    pwrite(device.path, b"kept", MIB)
+    (tmp_path / ("kill" if who == "worker" else "wait")).touch()
+    old = device.workers()
+    os.kill(old[0], signal.SIGKILL)
+    if who == "worker":
+        wait_until(lambda: device.record["recoveries"] and device.state == "live", "the device is served again")
+        assert not (tmp_path / "kill").exists()
+    else:
+        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in old), "the workers are ended")
+        time.sleep(2)
+        os.kill(device.supervisor, signal.SIGKILL)
+        reap(device.supervisor)
+        (tmp_path / "wait").unlink()
+        assert supervisor.recover(device.id) == device.path
+        device.supervisor = device.record["supervisor"]["pid"]
+    forget(device.path)
+    assert pread(device.path, 4, MIB) == b"kept" and len(device.workers()) == 4
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "stale"])
 def test_a_record_that_is_not_to_be_trusted(damage: str, serve: Callable[..., Device]) -> None:
     device = serve("null", size=SIZE, queues=1, number=5)

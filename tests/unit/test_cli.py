@@ -68,11 +68,11 @@ class Supervisor(ModuleType):
         assert isinstance(spec, DeviceSpec)
         return spec
 
-    def run_foreground(self, spec: DeviceSpec) -> int:
+    def run_foreground(self, spec: DeviceSpec, origin: dict[str, Any]) -> int:
         self.calls.append(("run", spec))
         return 0
 
-    def run_background(self, spec: DeviceSpec) -> str:
+    def run_background(self, spec: DeviceSpec, origin: dict[str, Any]) -> str:
         self.calls.append(("add", spec))
         return "/dev/ublkb5"
 
@@ -276,7 +276,7 @@ class TestServe:
     def test_exit_status_of_the_supervisor_is_passed_on(
         self, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(supervisor, "run_foreground", lambda spec: 1)
+        monkeypatch.setattr(supervisor, "run_foreground", lambda spec, origin: 1)
         assert main(["run", "null"]) == 1
 
     @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ class TestServe:
     def test_errors_from_below_are_one_line_with_their_hint_and_status(
         self, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: Output
     ) -> None:
-        def fail(spec: DeviceSpec) -> int:
+        def fail(spec: DeviceSpec, origin: object) -> int:
             raise UblkdError("no driver\nat all", "load it")
 
         monkeypatch.setattr(supervisor, "run_foreground", fail)
@@ -352,7 +352,7 @@ class TestServe:
     def test_interrupt_is_quiet(
         self, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: Output
     ) -> None:
-        def interrupt(spec: DeviceSpec) -> int:
+        def interrupt(spec: DeviceSpec, origin: object) -> int:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(supervisor, "run_foreground", interrupt)

@@ -62,11 +62,13 @@ int ublkd_cmdbuf_map(int cdev_fd, unsigned qid, unsigned depth, void **ret);
 int ublkd_cmdbuf_unmap(void *cmdbuf, unsigned depth);
 
 /*
- * Create a queue on target, run it until the device stops, destroy it. The
- * first run fetches every tag. Destroy does not destroy the target.
+ * Create a queue on target, fetch every tag (the first run does, if that was
+ * not called), run it until the device stops, destroy it. Destroy does not
+ * destroy the target.
  */
 int ublkd_queue_create(const struct ublkd_queue_params *params, struct ublkd_target *target,
 		       struct ublkd_queue **ret);
+int ublkd_queue_fetch(struct ublkd_queue *q);
 int ublkd_queue_run(struct ublkd_queue *q);
 void ublkd_queue_destroy(struct ublkd_queue *q);
 /* One line on the last failure of this process's engine calls; never NULL. */

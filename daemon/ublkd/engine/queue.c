@@ -348,14 +348,28 @@ static bool is_drained(const struct ublkd_queue *q)
 	return q->drain && !q->in_hand;
 }
 
+int ublkd_queue_fetch(struct ublkd_queue *q)
+{
+	int ret;
+
+	if (q->armed)
+		return 0;
+	q->armed = true;
+	/* Submitted in one call, which no signal interrupts: a worker that is killed has fetched all of its tags or none. */
+	ublkd_stat_set(&q->shm->fetched, 1);
+	ret = q->tp->arm(q);
+	if (!ret)
+		ret = io_uring_submit(&q->ring);
+	if (ret < 0)
+		return ublkd_error(ret, "queue %u: cannot fetch: %s", q->p.qid, strerror(-ret));
+	ublkd_stat_set(&q->shm->fetched, 2);
+	return 0;
+}
+
 int ublkd_queue_run(struct ublkd_queue *q)
 {
-	int ret = 0;
+	int ret = ublkd_queue_fetch(q);
 
-	if (!q->armed) {
-		ret = q->tp->arm(q);
-		q->armed = true;
-	}
 	q->woken = false;
 	while (!ret && !q->woken && !is_drained(q) && (q->live || q->targets_inflight))
 		ret = queue_pass(q);

@@ -26,7 +26,9 @@ QUEUE_WORDS = (
     "run_returns",
     "retries",
     "stage",
+    "fetched",
 )
+FETCHED_WORD, FETCHED = QUEUE_WORDS.index("fetched"), 2
 # enum ublkd_shm_stage
 STAGE_WAITING, STAGE_ENGINE, STAGE_PYTHON = range(3)
 QUEUE_HEAD_WORDS = 16

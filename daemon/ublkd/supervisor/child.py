@@ -45,6 +45,12 @@ class Worker:
             for line in lines:
                 self.report.update(json.loads(line))
 
+    def is_ready(self) -> bool:
+        """Whether it has fetched its tags."""
+        if "ready" not in self.report:
+            self.read_status()
+        return "ready" in self.report
+
     def reap(self, block: bool = False) -> bool:
         """True once it has exited."""
         if self.exit_code is None:

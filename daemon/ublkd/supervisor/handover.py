@@ -153,6 +153,7 @@ def outlive(first: int, current: Callable[[], int | None]) -> int:
         if not _has_children():
             return status if status >= 0 else 128 - status
         info = signal.sigwaitinfo(wanted)
+        now = current()
         if info.si_signo != signal.SIGCHLD and now is not None and info.si_code <= 0:  # above 0: from the kernel
             with suppress(ProcessLookupError):
                 os.kill(now, info.si_signo)

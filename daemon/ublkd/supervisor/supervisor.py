@@ -12,8 +12,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ublkd import inventory, log, native
@@ -22,6 +22,7 @@ from ublkd.control import uapi
 from ublkd.control.commands import AddRequest, Control, DeviceInfo, Operation
 from ublkd.control.device import open_char, path_of
 from ublkd.errors import DriverError, UblkdError, UsageError, errno_of
+from ublkd.shm import layout
 from ublkd.shm.segment import Segment
 from ublkd.supervisor import create, placement
 from ublkd.supervisor.child import Worker, WorkerDied
@@ -105,6 +106,10 @@ class Supervisor:
             except StopRequested:
                 self.log.info("stopped before the device was live")
                 return 0
+            finally:
+                if self.successor and self._stop_asked():
+                    with suppress(ProcessLookupError):
+                        os.kill(self.successor, signal.SIGTERM)
 
     def _close_target(self) -> None:
         self.target.close(discard=not self._keep_device)
@@ -197,8 +202,9 @@ class Supervisor:
 
     # Workers
 
-    def _spawn(self) -> None:
-        """Open the device, map every queue's command buffer, fork, and let go of all of it again."""
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[int], None]]:
+        """Open the device and map every queue's command buffer; gives the call that forks a queue's worker."""
         cdev = open_char(self.dev_id)
         cmdbufs: list[native.CommandBuffer] = []
         try:
@@ -208,14 +214,19 @@ class Supervisor:
                 cmdbufs.append(native.CommandBuffer(cdev, q, self.info.depth))
             gc.collect()
             gc.freeze()  # children share the pages of what is there now
-            for q in range(self.info.queues):
-                self._fork(q, cdev, cmdbufs)
+            yield lambda qid: self._fork(qid, cdev, cmdbufs)
         finally:
             gc.unfreeze()
             # While we held any of it the driver would never see the device released.
             for cmdbuf in cmdbufs:
                 cmdbuf.close()
             os.close(cdev)
+
+    def _spawn(self) -> None:
+        """Fork all workers."""
+        with self._opened() as fork:
+            for q in range(self.info.queues):
+                fork(q)
 
     def _fork(self, qid: int, cdev: int, cmdbufs: list[native.CommandBuffer]) -> None:
         status_r, status_w = os.pipe2(os.O_CLOEXEC)
@@ -240,6 +251,7 @@ class Supervisor:
             supervisor_pid=me,
             close_fds=[*others, status_r, *self._wake_fds, self._mounts.fileno(), *self._other_fds()],
             control=self.ctl,
+            late_death=self._fragile,
         )
         gc.disable()
         pid = os.fork()
@@ -271,11 +283,13 @@ class Supervisor:
 
     # Waiting
 
-    def _sleep(self, op: Operation | None, timeout: float) -> None:
-        """Until op has news, a worker exits, a signal comes, or timeout seconds passed."""
+    def _sleep(self, op: Operation | None, timeout: float, others: Iterable[int] = ()) -> None:
+        """Until op has news, another fd has input, a worker exits, a signal comes, or timeout seconds passed."""
         poller = select.poll()
         poller.register(self._wake_r, select.POLLIN)
         poller.register(self._mounts, select.POLLPRI)
+        for fd in others:
+            poller.register(fd, select.POLLIN)
         for fd in self._endpoint.fds() if self._endpoint and op is None else ():
             poller.register(fd, select.POLLIN)
         if op is not None and op.fileno() >= 0:
@@ -476,12 +490,80 @@ class Supervisor:
     def _replace_server(self, planned: bool = False) -> None:
         began = time.monotonic()
         self._end_workers()
-        self.ctl.start_recovery(self.dev_id, timeout=self.spec.start_timeout)
-        self._spawn()
+        if self._fragile:
+            self._replace_server_of_old_driver()
+        else:
+            self.ctl.start_recovery(self.dev_id, timeout=self.spec.start_timeout)
+            self._spawn()
         self._await(self.ctl.begin_end_recovery(self.dev_id, os.getpid()), "recover")
         self.recoveries += not planned
         self._write_record()
         self.log.info("taken over" if planned else "recovered", seconds=round(time.monotonic() - began, 3))
+
+    @property
+    def _fragile(self) -> bool:
+        """Is this a driver that must not be asked to begin a recovery again before every queue was fetched?
+
+        Up to 6.15 START_USER_RECOVERY takes the task of each queue's last fetch for granted: with some queues
+        fetched and others not, it oopses; with none, it says EINVAL. The drivers with a task per tag don't.
+        """
+        return not self.ctl.get_features().has("PER_IO_DAEMON")
+
+    def _replace_server_of_old_driver(self) -> None:
+        """Up to the moment where every queue has a live worker that fetched, whatever dies on the way."""
+        self._await_all_fetched()
+        try:
+            self.ctl.start_recovery(self.dev_id, timeout=self.spec.start_timeout)
+        except DriverError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            self.log.debug("a recovery that nobody fetched in goes on")
+        self.segment.clear_fetched(self.info.queues)
+        died: WorkerDied | None = None
+        deadline = time.monotonic() + self.spec.start_timeout
+        with self._opened() as fork:
+            for q in range(self.info.queues):
+                fork(q)
+            while late := [w for w in self.workers if not w.is_ready()]:
+                if time.monotonic() >= deadline:
+                    raise UblkdError(f"the workers did not begin to serve within {self.spec.start_timeout} seconds")
+                self._sleep(None, deadline - time.monotonic(), [w.status_fd for w in late])
+                for w in [w for w in self.workers if w.reap()]:
+                    died = WorkerDied(w.obituary(), hint=w.report.get("hint", ""))
+                    if self.segment.words(w.qid)["fetched"]:
+                        w.report["ready"] = True
+                        continue
+                    self.log.error("worker died before it served", queue=w.qid, reason=died.message)
+                    pause = self._crashes.died()
+                    if pause is None:
+                        raise self._give_up()
+                    self._sleep(None, pause)
+                    w.close()
+                    self.workers.remove(w)
+                    fork(w.qid)
+        if died is None and self._dead_worker() is None:
+            return
+        # Now all queues were fetched, and the recovery can begin anew.
+        raise died or WorkerDied("a worker died while the others began")
+
+    def _await_all_fetched(self) -> None:
+        """Workers of a supervisor that was killed go on until they fetched, and then end."""
+        deadline = time.monotonic() + self.spec.start_timeout
+        while True:
+            words = [self.segment.words(q)["fetched"] for q in range(self.info.queues)]
+            if all(word == layout.FETCHED for word in words):
+                return
+            if not inventory.holders_of(self.dev_id):
+                if not any(words):
+                    return
+                self._keep_device = True
+                raise UblkdError(
+                    f"device {self.dev_id} lost its workers while they took it over: this driver can't recover it",
+                    hint=f"`ublkd del {self.dev_id}` removes it; drivers since Linux 6.16 have no such limit",
+                )
+            if time.monotonic() >= deadline:
+                raise UblkdError(f"device {self.dev_id} is held by processes of its last server", "see `ublkd show`")
+            self._sleep(None, 0.02)
 
     def _adopt(self, dev_id: int, limits: Limits) -> None:
         """Take over a device whose supervisor died."""
@@ -518,6 +600,8 @@ class Supervisor:
             except UblkdError as e:
                 self.log.error("not upgraded", reason=e.message)
                 request.refuse(e)
+                if not self.workers:
+                    raise
             if self.successor:
                 break
         if signal.SIGHUP in self._signals and not self.successor:
@@ -527,6 +611,8 @@ class Supervisor:
                 self._upgrade(self._reread())
             except UblkdError as e:
                 self.log.error("not upgraded", reason=e.message)
+                if not self.workers:
+                    raise
         return asked
 
     def _changed(self, settings: object) -> DeviceSpec:
@@ -594,8 +680,6 @@ class Supervisor:
         done = Upgraded(new.pid, str(ready.get("version")), time.monotonic() - began)
         self.log.info("upgraded", pid=done.pid, version=done.version, pause_ms=round(done.pause_s * 1000, 1))
         self._notify_systemd(new.pid)
-        if self._stop_asked():
-            os.kill(new.pid, signal.SIGTERM)
         return done
 
     def _sleep_while_serving(self, fd: int, timeout: float) -> None:

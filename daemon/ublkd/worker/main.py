@@ -41,6 +41,7 @@ class WorkerPlan(NamedTuple):
     supervisor_pid: int
     close_fds: list[int]
     control: Control
+    late_death: bool  # outlive the supervisor until the tags are fetched
 
 
 def tell(fd: int, **message: object) -> None:
@@ -50,7 +51,8 @@ def tell(fd: int, **message: object) -> None:
 
 def _settle(plan: WorkerPlan) -> None:
     """Become a worker: own signals, own CPU, nothing of the others' left open."""
-    native.die_with_parent(plan.supervisor_pid)
+    if not plan.late_death:
+        native.die_with_parent(plan.supervisor_pid)
     # The supervisor decides when to go; a Ctrl-C at the terminal reaches us too.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(sig, signal.SIG_IGN)
@@ -85,7 +87,10 @@ def _serve(plan: WorkerPlan) -> None:
         target=target,
         wake_fd=plan.wake_fd,
     )
+    queue.fetch()
     tell(plan.status_fd, ready=True)
+    if plan.late_death:
+        native.die_with_parent(plan.supervisor_pid)
     try:
         while queue.run() == native.RUN_WAKE:
             pass

@@ -3,6 +3,8 @@
 
 import errno
 import os
+import signal
+import time
 
 import ublkd
 
@@ -69,6 +71,21 @@ class Stuck(Held):
         while req.offset == 1 << 20 and not os.path.exists(self.gate):
             pass
         req.copy_from(self.data)
+
+
+class Frail(Disk):
+    """Queue 1 does not come up while the file `kill` is there; while `wait` is, it takes its time."""
+
+    def prepare(self, spec):
+        super().prepare(spec)
+        self.place = spec.params["place"]
+
+    def open(self, spec):
+        while spec.queue == 1 and os.path.exists(f"{self.place}/wait"):
+            time.sleep(0.05)
+        if spec.queue == 1 and os.path.exists(f"{self.place}/kill"):
+            os.unlink(f"{self.place}/kill")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class SingleProcess(Disk):
