@@ -333,6 +333,32 @@ def test_a_device_in_use_is_not_deleted(serve: Callable[..., Device], tmp_path: 
     os.waitpid(device.supervisor, 0)
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_a_lazy_removal_waits_for_the_last_user(served: bool, serve: Callable[..., Device]) -> None:
+    device = serve("memory", size=64 * MIB, queues=1)
+    user = subprocess.Popen(["sleep", "600"], stdin=open(device.path, "rb"))  # noqa: SIM115
+    try:
+        if not served:
+            device.kill_supervisor()
+        done = cli("del", device.id)
+        assert done.status == 1 and f"open in process {user.pid} (sleep)" in done.err and "--lazy" in done.err
+        assert device.state == ("live" if served else "quiesced")
+        lazy = subprocess.Popen(
+            [sys.executable, "-B", "-m", "ublkd", "del", str(device.id), "--lazy"], stderr=subprocess.PIPE, text=True
+        )
+        assert lazy.stderr and f"device {device.id} is in use: open in process {user.pid}" in lazy.stderr.readline()
+        time.sleep(1)
+        assert lazy.poll() is None and device.state != "gone"
+    finally:
+        user.kill()
+        user.wait()
+    assert lazy.wait(timeout=60) == 0
+    device.gone = True
+    if served:
+        assert os.waitpid(device.supervisor, 0)[1] == 0
+    assert device.state == "gone"
+
+
 @pytest.fixture
 def shared_mounts() -> Iterator[None]:
     """Mounts travel between namespaces, as systemd sets it up."""

@@ -85,7 +85,7 @@ class Supervisor(ModuleType):
             "read_only": False,
         }
 
-    def stop_device(self, dev_id: int, force: bool = False, timeout: float = 30) -> None:
+    def stop_device(self, dev_id: int, force: bool = False, lazy: bool = False, say: object = None) -> None:
         self.calls.append(("stop", dev_id, force))
 
     def recover(self, dev_id: int, background: bool = True) -> str:

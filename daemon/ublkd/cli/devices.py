@@ -76,6 +76,7 @@ def verb_show(device: int, as_json: bool) -> None:
 Examples:
   ublkd del 0
   ublkd del /dev/ublkb1 /dev/ublkb2
+  ublkd del 0 --lazy && rm disk.img
   ublkd del --all
 """
 )
@@ -84,10 +85,14 @@ Examples:
 @click.option(
     "--force", is_flag=True, help="Also if it is in use, or of another server; do not wait for I/O."
 )
-def verb_del(devices: tuple[int, ...], everything: bool, force: bool) -> int:
-    """Requests in flight are finished first, and a mounted disk is refused. N is a device number or a path
-    such as /dev/ublkb0. Works as well on a device whose server is gone.
+@click.option("--lazy", is_flag=True, help="Wait until nobody uses it any more.")
+def verb_del(devices: tuple[int, ...], everything: bool, force: bool, lazy: bool) -> int:
+    """Requests in flight are finished first. A disk in use is refused, and who uses it is named: mount points,
+    swap, devices on top, processes. N is a device number or a path such as /dev/ublkb0. Works as well on a device
+    whose server is gone.
     """
+    if force and lazy:
+        raise click.UsageError("--force or --lazy, not both", click.get_current_context())
     if everything == bool(devices):
         raise click.UsageError("give device numbers, or --all", click.get_current_context())
     from ublkd import inventory, supervisor
@@ -97,7 +102,9 @@ def verb_del(devices: tuple[int, ...], everything: bool, force: bool) -> int:
 
     def remove(dev_id: int) -> None:
         if _device(dev_id)["owner"] == "ublkd":
-            supervisor.stop_device(dev_id, force=force)
+            supervisor.stop_device(
+                dev_id, force=force, lazy=lazy, say=lambda text: click.echo(f"ublkd: {text}", err=True)
+            )
         else:
             inventory.remove_device(dev_id, force=force)
 

@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ublkd import inventory, log, targets
-from ublkd.errors import UblkdError, UsageError
+from ublkd.errors import DriverError, UblkdError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ublkd.config.schema import DeviceSpec
     from ublkd.targets.base import ControlTarget
+
+
+# Whoever uses a disk for no longer than this does not keep it from being removed.
+_PASSER_BY_S = 1.0
+_LOOK_AGAIN_S = 0.1
 
 
 def make_target(spec: DeviceSpec) -> ControlTarget:
@@ -331,8 +338,8 @@ def upgrade(dev_id: int, settings: dict[str, Any] | None = None) -> dict[str, An
 
 
 def users_of(dev_id: int) -> list[str]:
-    """What holds the disk: mount points, swap, other devices on top of it. Partitions are looked at too."""
-    from ublkd.supervisor.mounts import disk_and_partitions, mount_points
+    """What holds the disk: mount points, swap, devices on top of it, processes. Partitions are looked at too."""
+    from ublkd.supervisor.mounts import disk_and_partitions, mount_points, openers
 
     parts = disk_and_partitions(dev_id)
     found = []
@@ -344,15 +351,40 @@ def users_of(dev_id: int) -> list[str]:
     found += [f"mounted on {point}" for point in reversed(mount_points(dev_id))]
     with open("/proc/swaps") as f:
         found += [f"swap on {line.split()[0]}" for line in f if line.split()[0] in {f"/dev/{p}" for p in parts}]
-    return found
+    return found + [f"open in process {pid} ({name})" for pid, name in openers(dev_id)]
 
 
-def stop_device(dev_id: int, force: bool = False, timeout: float = 30.0) -> None:
-    """Stop and remove a device, whoever serves it or doesn't. In use: refused without force."""
-    users = users_of(dev_id)
-    if users and not force:
+def _wait_unused(dev_id: int, timeout: float | None, say: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Until nobody uses the disk, or timeout seconds passed (None: for ever): who still does."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    before: list[str] = []
+    while users := users_of(dev_id):
+        if deadline is not None and time.monotonic() >= deadline:
+            return users
+        if users != before:
+            say(f"device {dev_id} is in use: {', '.join(users)}")
+            before = users
+        time.sleep(_LOOK_AGAIN_S)
+    return []
+
+
+def stop_device(
+    dev_id: int,
+    force: bool = False,
+    timeout: float = 30.0,
+    lazy: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Stop and remove a device, whoever serves it or doesn't. In use: refused without force, waited for if lazy.
+
+    say is called with a line whenever those that are waited for change.
+    """
+    # udev opens a disk for a moment whenever somebody closes it.
+    users = [] if force else _wait_unused(dev_id, None if lazy else _PASSER_BY_S, say if lazy else lambda text: None)
+    if users:
         raise UblkdError(
-            f"device {dev_id} is in use: {', '.join(users)}", hint="unmount it first; --force stops it all the same"
+            f"device {dev_id} is in use: {', '.join(users)}",
+            hint="--lazy waits until it is not, --force stops it all the same",
         )
     record = inventory.read_record(dev_id)
     if record is None or not _is_served(record):
@@ -365,7 +397,8 @@ def stop_device(dev_id: int, force: bool = False, timeout: float = 30.0) -> None
         inventory.remove_device(dev_id, timeout, force)
         return
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if force or not _stop_unless_open(dev_id, timeout, lazy):
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         if not _wait_exit(pidfd, timeout / 2 if force else timeout):
             if not force:
                 raise UblkdError(
@@ -381,6 +414,29 @@ def stop_device(dev_id: int, force: bool = False, timeout: float = 30.0) -> None
         raise UblkdError(f"device {dev_id} may not be stopped by this user", hint="run as root") from None
     finally:
         os.close(pidfd)
+
+
+def _stop_unless_open(dev_id: int, timeout: float, lazy: bool) -> bool:
+    """Stop the disk in the one moment where the driver sees nobody in it; False: this driver can't tell."""
+    from ublkd.control.commands import Control
+
+    with Control() as ctl:
+        if not ctl.get_features().has("SAFE_STOP_DEV"):
+            return False
+        deadline = time.monotonic() + _PASSER_BY_S
+        while True:
+            try:
+                ctl.try_stop(dev_id, timeout=timeout)
+                return True
+            except DriverError as e:
+                if e.errno != errno.EBUSY:
+                    return False  # the supervisor's own stop says what is wrong
+                if not lazy and time.monotonic() >= deadline:
+                    raise UblkdError(
+                        f"device {dev_id} is in use",
+                        hint="--lazy waits until it is not, --force stops it all the same",
+                    ) from None
+            time.sleep(_LOOK_AGAIN_S)
 
 
 def _wait_exit(pidfd: int, timeout: float) -> bool:
