@@ -253,6 +253,7 @@ def _describe(dev_id: int, exists: bool, info: DeviceInfo | None, this_boot: str
         "read_only": read_only,
         "transport": known.get("transport") or (_transport(info.flags) if info is not None else None),
         "flags": info.flags if info is not None else known.get("flags"),
+        "version": known.get("version"),
         "on_crash": known.get("on_crash"),
         "recoveries": known.get("recoveries"),
         "supervisor": supervisor,

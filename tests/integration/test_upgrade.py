@@ -100,6 +100,11 @@ def test_what_can_not_change(serve: Callable[..., Device]) -> None:
         endpoint.ask(device.id, 30, op="upgrade", settings={"depth": 32})
     with pytest.raises(UblkdError, match="unknown setting 'dept'"):
         endpoint.ask(device.id, 30, op="upgrade", settings={"dept": 32})
+    with pytest.raises(UblkdError, match="can't be run"):
+        endpoint.ask(device.id, 30, op="upgrade", python="/no\0thing")
+    for settings in ([1], {"hang_timeout": "soon"}, {"cpus": {}}, {"params": 5}):
+        with pytest.raises(UblkdError):
+            endpoint.ask(device.id, 30, op="upgrade", settings=settings)
     done = cli("upgrade", device.id, "--cpus", "4095")
     assert done.status == 2 and "CPU 4095" in done.err
     done = cli("upgrade", 77)

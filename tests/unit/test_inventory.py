@@ -189,6 +189,7 @@ def test_live_device_with_the_driver_s_word(world: World) -> None:
             "read_only": True,
             "transport": "copy",
             "flags": 0x1E,
+            "version": None,
             "on_crash": None,
             "recoveries": None,
             "supervisor": ME,

@@ -57,7 +57,10 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
         data = channel.recv(MAX_BYTES)
     except ConnectionResetError:
         return None
-    message = json.loads(data) if data else None
+    try:
+        message = json.loads(data) if data else None
+    except ValueError:
+        raise UblkdError("the other side of the handover speaks another language") from None
     return message if isinstance(message, dict) else None
 
 
@@ -74,9 +77,9 @@ class Successor:
                 stdin=subprocess.DEVNULL,
                 cwd="/",
             )
-        except OSError as e:
+        except (OSError, ValueError) as e:  # the latter for a name with a NUL in it
             ours.close()
-            raise UblkdError(f"{python} can't be run: {e.strerror}") from None
+            raise UblkdError(f"{python} can't be run: {getattr(e, 'strerror', e)}") from None
         finally:
             theirs.close()
         self.pid = self._process.pid

@@ -597,9 +597,13 @@ class Supervisor:
                     raise UblkdError(f"{request.op!r} is nothing that this version of ublkd knows")
                 done = self._upgrade(self._changed(request.body.get("settings")), str(request.body.get("python") or ""))
                 request.answer(pid=done.pid, version=done.version, pause_ms=round(done.pause_s * 1000, 1))
-            except UblkdError as e:
-                self.log.error("not upgraded", reason=e.message)
-                request.refuse(e)
+            except StopRequested:
+                raise
+            except Exception as e:
+                # Whatever a request brings, who serves a disk goes on; without workers there is nothing to go on with.
+                error = e if isinstance(e, UblkdError) else UblkdError(f"{type(e).__name__}: {e}", "this is a fault")
+                self.log.error("not upgraded", reason=error.message, exc_info=error is not e)
+                request.refuse(error)
                 if not self.workers:
                     raise
             if self.successor:
@@ -668,9 +672,9 @@ class Supervisor:
         new.go()
         try:
             new.await_word("live", spec.start_timeout, self._sleep_until)
-        except UblkdError as e:
+        except Exception as e:
             new.end()
-            self.log.error("upgrade failed, rolling back", reason=e.message)
+            self.log.error("upgrade failed, rolling back", reason=str(e))
             self._roll_back()
             raise
         new.release()
