@@ -196,7 +196,17 @@ class LoopTarget(ControlTarget):
         flags = (native.LOOP_BLOCK_DEVICE if self._is_bdev else 0) | (
             native.LOOP_READ_ONLY if self.spec.read_only else 0
         )
-        return native.loop_target(self._fd, flags, self.spec.offset)
+        return native.loop_target(self._own_file(), flags, self.spec.offset)
+
+    def _own_file(self) -> int:
+        """The file, opened by this worker: what could not be written back is told once to each that opened it, so
+        with one for all, the flush of one queue would take the error that another's has to report."""
+        mode = os.O_RDONLY if self.spec.read_only else os.O_RDWR
+        direct = os.O_DIRECT if self._direct else 0
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", mode | direct | os.O_CLOEXEC)
+        except OSError:  # no /proc in a container
+            return self._fd
 
     def backing(self) -> str:
         return self._path
