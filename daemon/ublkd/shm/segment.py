@@ -101,6 +101,14 @@ class Segment:
             at = layout.HEADER_BYTES + qid * layout.SLOT_BYTES + layout.FETCHED_WORD * 8
             struct.pack_into("<Q", self.buf, at, 0)
 
+    def errors(self, op: str, queues: int) -> int:
+        """Requests of one kind that failed, over all queues."""
+        place = layout.QUEUE_HEAD_WORDS + layout.OPS.index(op) * layout.COUNTER_WORDS + 2
+        first = layout.HEADER_BYTES + 8 * place
+        return sum(
+            struct.unpack_from("<Q", self.buf, first + qid * layout.SLOT_BYTES)[0] for qid in range(queues)
+        )
+
     def unlink(self) -> None:
         """Remove the name; mappings live on."""
         try:

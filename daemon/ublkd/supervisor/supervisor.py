@@ -28,6 +28,7 @@ from ublkd.supervisor import create, placement
 from ublkd.supervisor.child import Worker, WorkerDied
 from ublkd.supervisor.crashes import CrashBudget
 from ublkd.supervisor.endpoint import Endpoint
+from ublkd.supervisor.failures import Failures
 from ublkd.supervisor.handover import Successor, Upgraded
 from ublkd.supervisor.mounts import mount_points
 from ublkd.supervisor.watchdog import Watchdog
@@ -188,6 +189,7 @@ class Supervisor:
         )
         self._exit.callback(self._drop_segment)
         self._watchdog = Watchdog(self.segment, self.spec.hang_timeout)
+        self._failures = Failures(self.segment, self.info.queues)
 
     def _drop_segment(self) -> None:
         if not self.successor:
@@ -415,9 +417,11 @@ class Supervisor:
                 dead = self._dead_worker()
                 if dead is None:
                     self._look_for_hangs()
+                    for op, errors in self._failures.look():
+                        self.log.error("requests failed", op=op, errors=errors)
                     if self._take_requests():
                         continue
-                    self._sleep(None, self._watchdog.interval)
+                    self._sleep(None, min(self._watchdog.interval, self._failures.interval))
                     continue
                 if self._stopped_by_others():
                     self.log.warning("the device was stopped from outside")
