@@ -85,14 +85,17 @@ def read_record(dev_id: int) -> dict[str, Any] | None:
         return None
     except OSError as exc:
         raise RecordError(f"record {path}: {exc.strerror}") from exc
-    except ValueError as exc:  # bad JSON, and bytes that are no text
+    except (ValueError, RecursionError) as exc:  # bad JSON, and bytes that are no text
         raise RecordError(f"record {path} is damaged", "`ublkd cleanup` removes it") from exc
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise RecordError(f"record {path} is not of this version of ublkd", "`ublkd cleanup` removes it")
     for key, kind in _REQUIRED.items():
         if not isinstance(record.get(key), kind):
             raise RecordError(f"record {path} has no usable {key}", "`ublkd cleanup` removes it")
-    if record["id"] != dev_id or not isinstance(record["supervisor"].get("pid"), int):
+    supervisor = record["supervisor"]
+    # Without its start time a number could be anybody's by now, and it is who `del` sends a signal to.
+    identity = all(type(supervisor.get(key)) is int for key in ("pid", "start_time"))
+    if record["id"] != dev_id or not identity:
         raise RecordError(f"record {path} does not describe device {dev_id}", "`ublkd cleanup` removes it")
     return record
 

@@ -7,6 +7,7 @@ _PREFIXES = "KMGTPE"
 _SIZE_FORMS = "bytes, or a number with a suffix: 512M, 4GiB, 1.5T (of 1024), 8KB (of 1000)"
 _CPU_FORMS = "CPU numbers and ranges: 0-3,8"
 MAX_CPU = 65535
+_MOST_DIGITS = 100
 
 
 def parse_size(text: str) -> int:
@@ -39,7 +40,8 @@ def parse_size(text: str) -> int:
 
 
 def _digits(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    # Python itself has a limit, far beyond any size, and other words for it.
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def format_size(size: int) -> str:

@@ -27,10 +27,14 @@ def load(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except ValueError:
+        raise ConfigError(f"{path!r} is no file name") from None
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_syntax_error(path, str(error))) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: holds a number that is too long, or is nested too deeply") from None
 
     by_section: dict[str, dict[str, Setting]] = {}
     for setting in SETTINGS.values():

@@ -294,7 +294,13 @@ def _record_of(dev_id: int) -> dict[str, Any]:
 def _spec_of(record: dict[str, Any]) -> DeviceSpec:
     from ublkd.config.schema import DeviceSpec
 
-    return DeviceSpec.from_dict(record["settings"])
+    settings = record.get("settings")
+    if not isinstance(settings, dict):
+        raise UblkdError(
+            f"the record of device {record['id']} has no usable settings",
+            hint=f"`ublkd del {record['id']}` removes the device",
+        )
+    return DeviceSpec.from_dict(settings)
 
 
 def _is_served(record: dict[str, Any]) -> bool:
