@@ -46,6 +46,7 @@ need_test_packages() {
     need udevadm udev
     need ps procps
     need modprobe kmod
+    need dmsetup dmsetup
 }
 
 need_vm_packages() {
