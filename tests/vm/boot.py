@@ -52,6 +52,14 @@ class Run:
         self._raw = {"console": bytearray(), "kmsg": bytearray(), "qemu": bytearray()}
         self._lines: list[str] = []
         self.boot_seconds: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._was_cut = False
+
+    def cut(self) -> None:
+        """The power goes, from another thread: the guest stops where it is, and execute() returns LOST."""
+        self._was_cut = True
+        if self._process is not None:
+            self._process.kill()
 
     @property
     def console(self) -> str:
@@ -87,6 +95,8 @@ class Run:
         return Outcome(status)
 
     def _lost(self, process: subprocess.Popen[bytes]) -> Outcome:
+        if self._was_cut:
+            return Outcome(LOST, "the power was cut")
         tail = self.console.splitlines()
         panics = [number for number, line in enumerate(tail) if _is_panic(line)]
         if panics:
@@ -96,6 +106,8 @@ class Run:
 
     def _not_booted(self, process: subprocess.Popen[bytes], limit: float) -> Outcome:
         tail = self.console.splitlines()[-30:]
+        if self._was_cut:
+            return Outcome(LOST, "the power was cut")
         if self._ended(process):
             why = f"QEMU ended ({self._last_words(process)})"
             return Outcome(CANNOT_START, f"the guest didn't boot: {why}", tail)
@@ -185,13 +197,15 @@ class Run:
                 stack.enter_context(ours)
                 theirs.enter_context(end)
                 self._sockets[name], ends[name] = ours, end.fileno()
-            disks = [disk.create() for disk in self._machine.disks]
+            disks = [None if disk.nbd else disk.create() for disk in self._machine.disks]
             initrd = self._initramfs()
-            for descriptor in [*disks, initrd]:
+            ours_to_close = [initrd, *(disk for disk in disks if disk is not None)]
+            for descriptor in ours_to_close:
                 stack.callback(os.close, descriptor)
             command = qemu.command_line(self._machine, self._kernel, initrd, ends, disks)
-            process = _spawn(command, [*ends.values(), *disks, initrd])
+            process = _spawn(command, [*ends.values(), *ours_to_close])
             stack.callback(_end, process)
+            self._process = process
             theirs.close()
             self._watch(process)
             yield process

@@ -6,17 +6,22 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A scratch disk: bytes, logical and physical sector size, and whether it discards."""
+    """A scratch disk: bytes, logical and physical sector size, and whether it discards.
+
+    With nbd, the Unix socket of an NBD server, the disk is that server's, and so is what becomes of it.
+    """
 
     size: int
     sector: int = 512
     discard: bool = False
+    nbd: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -35,7 +40,7 @@ class Disk:
         return cls(size, sector, discard)
 
     def create(self) -> int:
-        """Make the file and return its descriptor, the only way to reach it."""
+        """Make the file and return its descriptor, the only way to reach it. No disk of an NBD server's."""
         directory = os.environ.get("TMPDIR") or "/var/tmp"
         descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
         os.ftruncate(descriptor, self.size)

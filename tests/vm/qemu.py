@@ -49,7 +49,7 @@ def binary() -> str:
 
 
 def command_line(
-    machine: Machine, kernel: Kernel, initramfs: int, chardevs: dict[str, int], disks: list[int]
+    machine: Machine, kernel: Kernel, initramfs: int, chardevs: dict[str, int], disks: list[int | None]
 ) -> list[str]:
     """QEMU's arguments. Files and sockets are handed over as descriptors of those numbers."""
     arguments = [binary(), *_processor(machine), "-m", f"{machine.memory >> 20}M"]
@@ -107,14 +107,18 @@ def _serial(machine: Machine, chardevs: dict[str, int]) -> list[str]:
     return arguments
 
 
-def _disk(number: int, disk: Disk, descriptor: int) -> list[str]:
+def _disk(number: int, disk: Disk, descriptor: int | None) -> list[str]:
     unmap = "unmap" if disk.discard else "ignore"
     able = "on" if disk.discard else "off"
+    if disk.nbd is None:
+        # unsafe: a scratch disk need not outlive the host, and fsync is slow there
+        file = f"file=/proc/self/fd/{descriptor},cache=unsafe"
+    else:
+        # a flush of the guest's is one of the server's
+        file = f"file=nbd+unix:///?socket={disk.nbd},cache=writeback"
     return [
         "-drive",
-        # unsafe: a scratch disk need not outlive the host, and fsync is slow there
-        f"if=none,id=disk{number},format=raw,file=/proc/self/fd/{descriptor},cache=unsafe,"
-        f"discard={unmap},detect-zeroes=off",
+        f"if=none,id=disk{number},format=raw,{file},discard={unmap},detect-zeroes=off",
         "-device",
         f"virtio-blk-pci,drive=disk{number},serial=ublkd-{number},discard={able},write-zeroes={able},"
         f"logical_block_size={disk.sector},physical_block_size={disk.sector}",
