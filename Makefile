@@ -10,7 +10,7 @@ PYTHON := .venv/bin/python -B
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-engine test-harness test-vm vm bench lint clean
+.PHONY: help build demo test test-unit test-engine test-harness test-vm test-faults vm bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -28,10 +28,11 @@ test: ## everything: unit, engine, test machines, and integration on real kernel
 	@$(MAKE) --no-print-directory test-engine
 	@$(MAKE) --no-print-directory test-harness
 	@$(MAKE) --no-print-directory test-vm
+	@scripts/faults storm orderings powercut many
 
 test-unit: ## seconds, without a kernel driver (TEST="-k something" or a node id)
 	@scripts/setup build
-	$(PYTEST) -m 'not vm' $(if $(findstring tests/,$(TEST)),,tests/unit tests/vm) $(TEST)
+	$(PYTEST) -m 'not vm' $(if $(findstring tests/,$(TEST)),,tests/unit tests/vm tests/faults) $(TEST)
 
 test-engine: ## the C engine alone, under the address and undefined-behaviour sanitizers
 	@scripts/setup build
@@ -44,6 +45,10 @@ test-harness: ## what scripts/vm promises, on a real machine (2 minutes)
 test-vm: ## integration tests on 6.12 and newest, or KERNEL=6.12 (TEST="-k something" or a node id)
 	@scripts/setup
 	@scripts/lib/integration $(KERNEL) -- $(TEST)
+
+test-faults: ## hours: what docs/reliability.md promises, in full (KERNEL=6.12 for one)
+	@scripts/setup
+	@scripts/faults --full storm orderings powercut many $(if $(KERNEL),--kernel $(KERNEL))
 
 vm: ## a shell in KERNEL=6.12, or CMD="a command"
 	@scripts/setup vm
