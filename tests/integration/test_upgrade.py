@@ -110,6 +110,9 @@ def test_what_can_not_change(serve: Callable[..., Device]) -> None:
     done = cli("upgrade", 77)
     assert done.status == 1 and "device 77 is not one of ublkd's" in done.err
     assert alive(device.supervisor) and device.record["supervisor"]["pid"] == device.supervisor
+    if has("USER_RECOVERY_FAIL_IO"):
+        done = cli("upgrade", serve("null", size=SIZE, queues=1, on_crash="error").id)
+        assert done.status == 1 and "its users would get I/O errors" in done.err
 
 
 READY, LIVE = "say(ready=1, version='9'); hear(); ", "time.sleep(60)"

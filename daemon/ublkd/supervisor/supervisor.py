@@ -657,6 +657,11 @@ class Supervisor:
         """Hand the device to a new supervisor; UblkdError if that didn't work and we serve on."""
         if not self.info.flags & uapi.F_USER_RECOVERY:
             raise UblkdError("this driver ends a device with its server", hint="it lacks USER_RECOVERY (Linux 6.1)")
+        if self.info.flags & uapi.F_USER_RECOVERY_FAIL_IO:
+            raise UblkdError(
+                "its users would get I/O errors: there is a moment without a server, and --on-crash is error",
+                hint=f"`ublkd del {self.dev_id}` and add it anew when nobody uses it",
+            )
         self.log.info("upgrade asked for", python=python or None)
         hello = {
             "dev_id": self.dev_id,

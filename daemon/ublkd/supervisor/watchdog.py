@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ublkd.shm.segment import Segment
     from ublkd.supervisor.child import Worker
 
-_LONGEST_INTERVAL_S = 5.0
+_LONGEST_INTERVAL_S = 30.0
 
 
 class Finding(NamedTuple):
