@@ -27,8 +27,8 @@ test: ## everything: unit, engine, test machines, and integration on real kernel
 	@$(MAKE) --no-print-directory test-unit
 	@$(MAKE) --no-print-directory test-engine
 	@$(MAKE) --no-print-directory test-harness
+	@scripts/faults storm upgrades orderings powercut many
 	@$(MAKE) --no-print-directory test-vm
-	@scripts/faults storm orderings powercut many
 
 test-unit: ## seconds, without a kernel driver (TEST="-k something" or a node id)
 	@scripts/setup build
@@ -48,7 +48,7 @@ test-vm: ## integration tests on 6.12 and newest, or KERNEL=6.12 (TEST="-k somet
 
 test-faults: ## hours: what docs/reliability.md promises, in full (KERNEL=6.12 for one)
 	@scripts/setup
-	@scripts/faults --full storm orderings powercut many $(if $(KERNEL),--kernel $(KERNEL))
+	@scripts/faults --full storm upgrades orderings powercut many $(if $(KERNEL),--kernel $(KERNEL))
 
 vm: ## a shell in KERNEL=6.12, or CMD="a command"
 	@scripts/setup vm

@@ -66,6 +66,13 @@ def many(options: argparse.Namespace, kernel: str) -> int:
     return in_vm(kernel, "many", words, options.out, machine)
 
 
+def upgrades(options: argparse.Namespace, kernel: str) -> int:
+    """Upgrades under load."""
+    count = options.upgrades if options.upgrades is not None else 200 if options.full else 6
+    words = [f"--upgrades={count}", f"--seed={options.seed}", f"--out={{share}}/upgrades-{kernel}.json"]
+    return in_vm(kernel, "upgrades", words, options.out, ["--cpus=4", "--disk=1G,discard", "--timeout=7200"])
+
+
 def powercut(options: argparse.Namespace, names: list[str]) -> int:
     """Power cuts, the kernels by turns."""
     from . import powercut
@@ -77,7 +84,7 @@ def powercut(options: argparse.Namespace, names: list[str]) -> int:
     return 1 if report["failures"] else 0
 
 
-PER_KERNEL = {"storm": storm, "orderings": orderings, "many": many}
+PER_KERNEL = {"storm": storm, "orderings": orderings, "many": many, "upgrades": upgrades}
 ALL_KERNELS = {"powercut": powercut}
 PROOFS = [*PER_KERNEL, *ALL_KERNELS]
 
@@ -92,6 +99,7 @@ def main() -> int:
     parse.add_argument("--kills", type=int, help="how many, for storm")
     parse.add_argument("--minutes", type=float, help="at most, for storm")
     parse.add_argument("--cuts", type=int, help="how many, for powercut")
+    parse.add_argument("--upgrades", type=int, help="how many, for upgrades")
     parse.add_argument("--devices", type=int, help="how many, for many")
     parse.add_argument("--out", type=Path, default=TOP / "build" / "faults", metavar="DIR", help="default build/faults")
     options = parse.parse_args()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upgrades under load, run in a VM: live devices get new servers again and again, and whoever uses them never knows.
+
+One loop device has fio on it, which writes and verifies on all queues; one memory device an ext4 with an SQLite data
+base that is written to, a transaction after the other. Exit status 0 means: no I/O error, no mismatch, no
+transaction lost, nothing left behind. Prints the pauses, and writes them as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from lib import disks, leaks
+from lib.tools import MIB
+
+from faults import command, watch
+from faults.storm import QUEUES, SIZE, Failure, Load, spread
+from ublkd import inventory, supervisor
+
+# A new Python takes its time on an emulated CPU that the load has to itself.
+PATIENT = ("--start-timeout", "120")
+
+
+class Transactions:
+    """An SQLite data base in a thread; each committed row can be told to be right by itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stop = threading.Event()
+        self.committed = 0
+        self.longest_s = 0.0
+        self.error = ""
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            base = sqlite3.connect(self._path, timeout=120)
+            base.execute("PRAGMA journal_mode = WAL")
+            base.execute("PRAGMA synchronous = FULL")
+            base.execute("CREATE TABLE entry (number INTEGER PRIMARY KEY, text BLOB, digest BLOB)")
+            rng = random.Random(1)
+            while not self._stop.is_set():
+                text = rng.randbytes(rng.randrange(100, 3000))
+                began = watch.now()
+                with base:
+                    base.execute("INSERT INTO entry VALUES (?, ?, ?)", (self.committed, text, digest(text)))
+                    if self.committed % 7 == 6:
+                        base.execute("DELETE FROM entry WHERE number = ?", (self.committed - 3,))
+                self.committed += 1
+                self.longest_s = max(self.longest_s, watch.now() - began)
+            base.close()
+        except Exception as e:
+            self.error = f"SQLite: {type(e).__name__}: {e}"
+
+    def check(self) -> None:
+        """Failure if it complained so far."""
+        if self.error:
+            raise Failure(self.error)
+
+    def finish(self) -> None:
+        """No more; Failure unless all that was committed is there."""
+        self._stop.set()
+        self._thread.join()
+        self.check()
+        base = sqlite3.connect(self._path)
+        [(said,)] = base.execute("PRAGMA integrity_check").fetchall()
+        rows = dict(base.execute("SELECT number, digest FROM entry").fetchall())
+        for number, text in base.execute("SELECT number, text FROM entry"):
+            if digest(text) != rows[number]:
+                raise Failure(f"SQLite: row {number} is not what was written")
+        base.close()
+        deleted = {number - 3 for number in range(self.committed) if number % 7 == 6}
+        if said != "ok" or set(rows) != set(range(self.committed)) - deleted:
+            raise Failure(f"SQLite: integrity {said}; {len(rows)} rows of {self.committed - len(deleted)}")
+
+
+def digest(text: bytes) -> bytes:
+    """What a row should have beside its text."""
+    return hashlib.sha256(text).digest()
+
+
+def sh(*words: object) -> None:
+    """Run a program that must succeed."""
+    subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def prove(count: int, rng: random.Random, image: Path) -> dict[str, Any]:
+    """All of it: the account. Failure if anything is wrong."""
+    with open(image, "wb") as file:
+        file.truncate(SIZE)
+    verified = command.ublkd("add", "loop", image, "-q", QUEUES, "-d", 64, "--direct", *PATIENT)
+    mounted = command.ublkd("add", "memory", "--size", "128M", "-q", 2, "-d", 64, *PATIENT)
+    mount = Path("/tmp/upgrades")
+    mount.mkdir(exist_ok=True)
+    sh("mkfs.ext4", "-qF", mounted)
+    sh("mount", mounted, mount)
+    load = Load(verified, 40, 1 * MIB)
+    base = Transactions(mount / "data.db")
+    pauses: dict[str, list[float]] = {"loop, fio": [], "memory, ext4, SQLite": []}
+    try:
+        for number in range(count):
+            path, pause = list(zip((verified, mounted), pauses.values(), strict=True))[number % 2]
+            dev_id = int(path.removeprefix("/dev/ublkb"))
+            before = inventory.read_record(dev_id)
+            done = supervisor.upgrade(dev_id)
+            after = inventory.read_record(dev_id)
+            assert before and after
+            if after["supervisor"]["pid"] != done["pid"] or done["pid"] == before["supervisor"]["pid"]:
+                raise Failure(f"upgrade {number} of {path} left it with the old server")
+            pause.append(done["pause_ms"] / 1000)
+            load.check()
+            base.check()
+            if number % 10 == 9:
+                print(f"{number + 1} of {count} upgrades", flush=True)
+            time.sleep(rng.uniform(0, 0.5))
+        load.finish()
+        base.finish()
+    finally:
+        load._stop.set()
+        base._stop.set()
+        load._thread.join()
+        base._thread.join()
+        sh("umount", mount)
+    sh("fsck.ext4", "-fn", mounted)
+    for path in (verified, mounted):
+        command.ublkd("del", path)
+    left = leaks.find()
+    if left:
+        raise Failure("left behind: " + ", ".join(left))
+    return {
+        "upgrades": count,
+        "verified_bytes": load.verified_bytes,
+        "transactions": base.committed,
+        "longest_request_ms": round(max(load.stalls_ms, default=0), 1),
+        "longest_transaction_ms": round(base.longest_s * 1000, 1),
+        "pause_seconds": {what: spread(found) for what, found in pauses.items() if found},
+        "pauses": pauses,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    if report["failure"]:
+        return f"upgrades on kernel {report['kernel']}: {report['failure']}"
+    lines = [
+        f"kernel {report['kernel']}, seed {report['seed']}: {report['upgrades']} upgrades in "
+        f"{report['seconds']:.0f} s, "
+        f"{report['verified_bytes'] / MIB:.0f} MiB verified, {report['transactions']} transactions, no error",
+        f"longest request {report['longest_request_ms']:.0f} ms, longest transaction "
+        f"{report['longest_transaction_ms']:.0f} ms",
+        "",
+        f"{'device':22} {'n':>5} {'min':>7} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>7}   (seconds of pause)",
+    ]
+    for what, found in report["pause_seconds"].items():
+        numbers = " ".join(f"{found[key]:7.3f}" for key in ("min", "p50", "p90", "p99", "max"))
+        lines.append(f"{what:22} {found['n']:5} {numbers}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Entry point."""
+    parse = argparse.ArgumentParser(description=__doc__)
+    parse.add_argument("--upgrades", type=int, default=6)
+    parse.add_argument("--seed", type=int, default=1)
+    parse.add_argument("--out", type=Path)
+    options = parse.parse_args()
+    [disk, *_] = disks.names()
+    report: dict[str, Any] = {
+        "what": "upgrades under load",
+        "kernel": os.uname().release,
+        "seed": options.seed,
+        "cpus": os.cpu_count(),
+        "failure": "",
+    }
+    log = leaks.KernelLog()
+    began = watch.now()
+    try:
+        image = disks.Scratch(disk).directory() / "disk.img"
+        report |= prove(options.upgrades, random.Random(options.seed), image)
+        errors = [line for line in log.news() if "I/O error" in line or "lost async page write" in line]
+        if errors:
+            raise Failure("the kernel saw " + "; ".join(errors[:5]))
+    except Exception as e:
+        report["failure"] = f"FAILED: {type(e).__name__}: {e}"
+        leaks.clean()
+    report["seconds"] = round(watch.now() - began, 1)
+    print(table(report), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(report) + "\n")
+    return 1 if report["failure"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
