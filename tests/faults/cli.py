@@ -38,7 +38,7 @@ def in_vm(kernel: str, module: str, words: list[str], out: Path, machine: list[s
 def storm(options: argparse.Namespace, kernel: str) -> int:
     """The kill storm."""
     kills = options.kills if options.kills is not None else 1000 if options.full else 15
-    more = ["--steady=100", "--restarts=20", "--job-mib=3"] if options.full else []
+    more = ["--steady=100", "--restarts=10", "--job-mib=3"] if options.full else []
     if kernel != "6.12":
         more.append("--self-check")
     if options.minutes:

@@ -377,8 +377,10 @@ def storm(name: str, words: list[str], options: argparse.Namespace, image: Path,
                     break
                 storm.kill(workers_only=True)
             steady = storm.samples[before + 1 :]
+            print(f"{name}: {len(steady)} kills under one supervisor, {watch.now() - began:.0f} s", flush=True)
             for _ in range(options.restarts):
                 storm.restart_everything()
+            print(f"{name}: {options.restarts} restarts of everything, {watch.now() - began:.0f} s", flush=True)
         else:
             steady = []
         account = storm.end()
