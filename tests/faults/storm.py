@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Load:
         self.verified_bytes = 0
         self.stalls_ms: list[float] = []
         self.error = ""
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -94,10 +95,12 @@ class Load:
             except Exception as e:
                 self.error = f"{type(e).__name__}: {e}"
 
-    def finish(self) -> None:
-        """Let the pass under way come to its end; Failure if any failed."""
+    def finish(self, scene: Callable[[], str]) -> None:
+        """Let the pass under way come to its end; Failure if any failed, or if it does not end."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            raise Failure(f"fio did not end within {PATIENCE_S:.0f} seconds\n{scene()}")
         self.check()
 
     def check(self) -> None:
@@ -265,7 +268,7 @@ class Storm:
     def end(self) -> dict[str, Any]:
         """Let fio finish, look at the disk once more, remove the device: the account. Failure if anything is wrong."""
         self._settled()
-        self.load.finish()
+        self.load.finish(self._scene)
         if hashlib.sha256(_fetch(self.path)).digest() != hashlib.sha256(self._contents).digest():
             raise Failure("bytes changed that nobody wrote to")
         if self._recovering:
@@ -361,13 +364,14 @@ def storm(name: str, words: list[str], options: argparse.Namespace, image: Path,
         file.truncate(SIZE)
     storm = Storm(name, [word.format(image=image) for word in words], rng, options)
     began = watch.now()
-    killed = 0
+    killed = said = 0
     try:
         if share == 0:
             time.sleep(8)  # no kills: only what fio finds
         while killed < share and watch.now() < began + seconds:
             killed += storm.kill()
-            if killed % 20 < 2:
+            if killed // 20 > said:
+                said = killed // 20
                 print(f"{name}: {killed} of {share} kills, {watch.now() - began:.0f} s", flush=True)
         if name == next(iter(SUBJECTS)) and share:
             # One supervisor through many deaths, where what it might lose each time adds up; and the comparison.
@@ -380,6 +384,7 @@ def storm(name: str, words: list[str], options: argparse.Namespace, image: Path,
             print(f"{name}: {len(steady)} kills under one supervisor, {watch.now() - began:.0f} s", flush=True)
             for _ in range(options.restarts):
                 storm.restart_everything()
+                print(f"{name}: a restart of everything, {watch.now() - began:.0f} s", flush=True)
             print(f"{name}: {options.restarts} restarts of everything, {watch.now() - began:.0f} s", flush=True)
         else:
             steady = []
