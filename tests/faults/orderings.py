@@ -186,7 +186,7 @@ def main() -> int:
         "subjects": [],
         "failures": [],
     }
-    began = time.monotonic()
+    began, lines = time.monotonic(), list[str]()
     for name in options.subjects.split(","):
         rng = random.Random(f"{options.seed} {name}")
         liar = name.endswith("hasty")
@@ -202,17 +202,19 @@ def main() -> int:
             report["failures"].append(f"{name}: a server that does not flush was not caught")
         if not liar:
             report["failures"] += found["wrong"]
-        print(
+        verdict = f"{len(found['wrong'])} wrong" + " (as it must be)" * liar if found["wrong"] else "all well"
+        lines.append(
             f"{name}: {found['entries']} entries, {found['flushes']} flushes, {found['fua_writes']} FUA writes, "
-            f"{found['records']} records; checked at {found['checked']} of {found['durable_points']} points: "
-            + (f"{len(found['wrong'])} wrong" + (" (as it must be)" if liar else "") if found["wrong"] else "all well"),
-            flush=True,
+            f"{found['records']} records; checked at {found['checked']} of {found['durable_points']} points: {verdict}"
         )
+        print(lines[-1], flush=True)
     report["failures"] += [f"left behind: {each}" for each in leaks.find()]
     report["seconds"] = round(time.monotonic() - began, 1)
     verdict = "FAILED: " + "; ".join(report["failures"])[:3000] if report["failures"] else "consistent at every point"
-    print(f"write orderings on kernel {report['kernel']}, {report['seconds']:.0f} s: {verdict}", flush=True)
+    lines.append(f"write orderings on kernel {report['kernel']}, {report['seconds']:.0f} s: {verdict}")
+    print(lines[-1], flush=True)
     if options.out:
+        options.out.with_suffix(".txt").write_text("\n".join(lines) + "\n")
         options.out.write_text(json.dumps(report) + "\n")
     return 1 if report["failures"] else 0
 

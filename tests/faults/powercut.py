@@ -221,6 +221,7 @@ def prove(names: list[str], cuts: int, seed: int, out: Path) -> dict[str, Any]:
     if not machine.failures and not machine.caught_liar:
         machine.failures.append("the lying server was never caught: this run proves nothing")
         out.write_text(json.dumps(report) + "\n")
+    out.with_suffix(".txt").write_text(table(report) + "\n")
     return report
 
 

@@ -481,6 +481,7 @@ def main() -> int:
     print(table(report), flush=True)
     if options.out:
         options.out.write_text(json.dumps(report) + "\n")
+        options.out.with_suffix(".txt").write_text(table(report) + "\n")
     return 1 if report["failure"] else 0
 
 
