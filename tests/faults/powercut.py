@@ -36,7 +36,7 @@ EARLY = 0.1  # of the cuts come before the file systems have been checked
 class Boot:
     """What one boot said."""
 
-    ready: threading.Event = field(default_factory=threading.Event)
+    appending: threading.Event = field(default_factory=threading.Event)
     up: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     found: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -53,10 +53,9 @@ class Boot:
             subject, _, number = rest.partition(" ")
             self.acked[subject] = int(number)
             self.acks += 1
+            self.appending.set()
         elif word == "UP":
             self.up.set()
-        elif word == "READY":
-            self.ready.set()
         elif word == "FOUND":
             subject, first, last = rest.split()
             self.found[subject] = int(first), int(last)
@@ -99,10 +98,10 @@ class Cuts:
             disk.close()
         self._directory.cleanup()
 
-    def round(self, number: int, cut: bool) -> None:
-        """Boot, look at what there is, append, and cut the power; not at the end."""
+    def round(self, number: int, may_be_early: bool) -> None:
+        """Boot, look at what there is, append, and cut the power."""
         began = time.monotonic()
-        boot, direct, early = Boot(), number % 2 == 0, number > 0 and cut and self.rng.random() < EARLY
+        boot, direct, early = Boot(), number % 2 == 0, may_be_early and self.rng.random() < EARLY
         # each kernel with and without direct I/O
         kernel = self.kernels[number // 2 % len(self.kernels)]
         words = [*(["--first-time"] if number == 0 else []), *(["--direct"] if direct else [])]
@@ -124,7 +123,7 @@ class Cuts:
         outcome = run.execute()
         boot.ended.set()
         boot.up.set()
-        boot.ready.set()
+        boot.appending.set()
         os.close(out_w)
         reader.join()
         cutter.join()
@@ -148,7 +147,7 @@ class Cuts:
         )
 
     def _cut(self, run: Run, boot: Boot, wait: float, early: bool) -> None:
-        (boot.up if early else boot.ready).wait()
+        (boot.up if early else boot.appending).wait()
         if not boot.ended.wait(wait):
             with self.power.lock:
                 self.power.on = False
@@ -191,7 +190,8 @@ def prove(names: list[str], cuts: int, seed: int, out: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"what": "power cut", "kernels": releases, "seed": seed, "wanted": cuts}
     try:
         for number in range(cuts + 1):
-            machine.round(number, number < cuts)
+            # of a few, none is to be wasted; the last one is a look at what is there
+            machine.round(number, cuts >= 10 and 0 < number < cuts)
             last = machine.rounds[-1]
             report |= {
                 # the first look at what a cut left comes with the next boot

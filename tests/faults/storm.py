@@ -373,7 +373,7 @@ def storm(name: str, words: list[str], options: argparse.Namespace, image: Path,
             if killed // 20 > said:
                 said = killed // 20
                 print(f"{name}: {killed} of {share} kills, {watch.now() - began:.0f} s", flush=True)
-        if name == next(iter(SUBJECTS)) and share:
+        if name == options.subjects.split(",")[0] and share:
             # One supervisor through many deaths, where what it might lose each time adds up; and the comparison.
             before = len(storm.samples)
             for _ in range(options.steady):
