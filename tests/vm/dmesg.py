@@ -23,7 +23,8 @@ _SPLAT = re.compile(
 # 7.2.12 prints this once at the first registered-buffer I/O of a boot: a bound annotation, nothing of ours.
 _ALLOWED = re.compile(r"UBSAN: .* in \S*io_uring/rsrc\.c")
 
-_REGISTERS = re.compile(r"\] (?:R[A-Z0-9]{2}|RIP: 0033|RSP|CR\d|[CFGD]S|PKRU|DR\d|Code): ?")
+# not the RIP of the kernel itself: where it happened is what one wants to know
+_REGISTERS = re.compile(r"\] (?:R(?!IP)[A-Z0-9]{2}|RIP: 0033|RSP|CR\d|[CFGD]S|PKRU|DR\d|Code): ?")
 
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 

@@ -69,3 +69,9 @@ def test_idle_cpus_are_left_out_of_backtraces() -> None:
     lines += ["NMI backtrace for cpu 0", "CPU: 0 PID: 0 Comm: swapper/0 Not tainted", " idle"]
     lines += ["NMI backtrace for cpu 1", "CPU: 1 PID: 9 Comm: fio Not tainted", " busy"]
     assert dmesg.without_idle_cpus(lines) == [lines[0], *lines[4:]]
+
+
+def test_a_trace_keeps_the_place_and_loses_the_registers() -> None:
+    place = "[    1.000000] RIP: 0010:ublk_queue_rq+0x1c1/0x7d0 [ublk_drv]"
+    lines = [place, "[    1.000000] RIP: 0033:0x7f0000000000", "[    1.000000] RAX: 0000 RBX: 0000 RCX: 0000"]
+    assert dmesg.without_registers(lines) == [place]
