@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Whoever uses a disk for no longer than this does not keep it from being removed.
 _PASSER_BY_S = 1.0
 _LOOK_AGAIN_S = 0.1
+_MOST_FDS = 1 << 20
 
 
 def make_target(spec: DeviceSpec) -> ControlTarget:
@@ -199,6 +200,9 @@ def _background(
     try:
         os.setsid()
         os.chdir("/")
+        # Nothing of our caller's is ours; an open disk that we then serve would keep itself in use.
+        os.closerange(3, result_fd)
+        os.closerange(result_fd + 1, _MOST_FDS)
         log_file = log_path(f"starting-{os.getpid()}")
         null = os.open(os.devnull, os.O_RDWR)
         try:
