@@ -27,7 +27,10 @@ def _upgrade(devices: tuple[int, ...], everything: bool, as_json: bool) -> int:
         try:
             done = supervisor.upgrade(dev_id, settings)
         except UblkdError as error:
-            status = fail(f"device {dev_id}: {error.message}", error.hint, error.exit_status)
+            named = f"device {dev_id}" in error.message
+            status = fail(
+                error.message if named else f"device {dev_id}: {error.message}", error.hint, error.exit_status
+            )
             continue
         results.append({"id": dev_id, "path": f"/dev/ublkb{dev_id}", **done})
         if not as_json:

@@ -232,7 +232,9 @@ def _background(
             _answer(result_fd, error="stopped before the device was live")
     except BaseException as e:
         if live:
-            log.get().error("the supervisor failed", reason=str(e), exc_info=not isinstance(e, UblkdError))
+            hint = getattr(e, "hint", "") or None
+            known = isinstance(e, UblkdError)
+            log.get(device=dev_id).error("the supervisor failed", reason=str(e), hint=hint, exc_info=not known)
         else:
             _answer(result_fd, **explain(e))
         status = getattr(e, "exit_status", 1)

@@ -30,9 +30,9 @@ def _numbers(names: list[str]) -> set[str]:
 
 
 def openers(dev_id: int) -> list[tuple[int, str]]:
-    """Processes, (pid, name), that have the disk or a partition open, as far as this one may look."""
+    """Other processes, (pid, name), that have the disk or a partition open, as far as this one may look."""
     numbers = _numbers(disk_and_partitions(dev_id))
-    pids = [name for name in os.listdir("/proc") if name.isdigit()] if numbers else []
+    pids = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()] if numbers else []
     return [(int(pid), _name_of(pid)) for pid in pids if _has_open(pid, numbers)]
 
 
