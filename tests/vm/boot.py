@@ -88,6 +88,15 @@ class Run:
             self._pump(process, self._all_streams_ended, time.monotonic() + _DRAIN_TIMEOUT)
             return self._finished(int(self._said("status") or 0))
 
+    @property
+    def emulator_slipped(self) -> bool:
+        """Did the guest die of a breakpoint that it had set in its own code?
+
+        Linux patches code that other CPUs run by way of a breakpoint, and waits until all have seen the new code.
+        QEMU's emulation with a thread per CPU now and then lets one execute the breakpoint afterwards.
+        """
+        return not self._machine.kvm and "Oops: int3: " in self.console
+
     def _finished(self, status: int) -> Outcome:
         if splats := dmesg.excerpt(self.kernel_log):
             message = f"the guest's kernel log is not clean (command's status: {status})"

@@ -88,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+TRIES = 3
+"""Boots of one command. More than one only where the emulator, and not the guest, is to blame."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -145,11 +149,15 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     how = "KVM" if machine.kvm else "instruction clock" if options.icount else "emulated"
     say(f"kernel {kernel.release} ({how})" + (f"; {kernel.note}" if kernel.note else ""))
     with _terminal(job.interactive) as sink:
-        run = Run(kernel, machine, job, sink, options.timeout)
-        try:
-            outcome = run.execute()
-        finally:
-            _keep_logs(run, options.log, job.share)
+        for left in reversed(range(TRIES)):
+            run = Run(kernel, machine, job, sink, options.timeout)
+            try:
+                outcome = run.execute()
+            finally:
+                _keep_logs(run, options.log, job.share)
+            if not run.emulator_slipped or not left:
+                break
+            say("the emulator ran into code that the kernel was patching (Oops: int3): starting over")
     _explain(outcome)
     return outcome.status
 
