@@ -80,6 +80,12 @@
 /* data[0]: index of the buffer */
 #define UBLK_U_CMD_UNREG_BUF		_IOWR('u', 0x19, struct ublksrv_ctrl_cmd)
 
+/*
+ * Extension of ublkd's own driver (UBLK_F_SHARDS). addr/len: array of struct
+ * ublk_queue_state, filled in from queue 0 on; the result is how many.
+ */
+#define UBLK_U_CMD_GET_QUEUE_STATES	_IOR('u', 0x60, struct ublksrv_ctrl_cmd)
+
 #define UBLK_FEATURES_LEN	8
 
 /*
@@ -186,6 +192,17 @@
 #define UBLK_F_NO_AUTO_PART_SCAN	(1ULL << 18)
 /* no copy for direct I/O from memory that client and server share */
 #define UBLK_F_SHMEM_ZC			(1ULL << 19)
+
+/*
+ * Extension of ublkd's own driver, far from the kernel's bits; needs
+ * USER_RECOVERY. Any number of processes may open and map the char device. A
+ * queue belongs to the file through which it was fetched. When that file is
+ * released, its process having died, this queue alone loses its server:
+ * requests are dealt with as USER_RECOVERY says, and the next process that
+ * fetches all its tags serves it from that moment on, without a control
+ * command. The device as a whole is quiesced once no queue has a server.
+ */
+#define UBLK_F_SHARDS			(1ULL << 48)
 
 /* device state */
 #define UBLK_S_DEV_DEAD		0
@@ -380,6 +397,19 @@ static inline __u32 ublk_shmem_zc_offset(__u64 addr)
 	return addr & UBLK_SHMEM_ZC_OFF_MASK;
 }
 
+/* how one queue is doing */
+struct ublk_queue_state {
+#define UBLK_QUEUE_ORPHANED	0	/* no server: may be fetched */
+#define UBLK_QUEUE_FETCHING	1	/* not served yet, or waiting for START or END_RECOVERY */
+#define UBLK_QUEUE_SERVED	2
+#define UBLK_QUEUE_LEAVING	3	/* its server is going */
+	__u32	state;
+	__s32	pid;		/* of its server, as the caller sees it, or -1 */
+	__u32	generation;	/* how many servers it has had */
+	__u16	fetched;	/* tags */
+	__u16	inflight;	/* requests that its server has */
+};
+
 struct ublk_param_basic {
 #define UBLK_ATTR_READ_ONLY		(1 << 0)
 #define UBLK_ATTR_ROTATIONAL		(1 << 1)
@@ -488,6 +518,7 @@ UBLK_UAPI_SIZE(ublk_auto_buf_reg, 8);
 UBLK_UAPI_SIZE(ublk_elem_header, 8);
 UBLK_UAPI_SIZE(ublk_batch_io, 16);
 UBLK_UAPI_SIZE(ublk_shmem_buf_reg, 24);
+UBLK_UAPI_SIZE(ublk_queue_state, 16);
 UBLK_UAPI_SIZE(ublk_param_basic, 32);
 UBLK_UAPI_SIZE(ublk_param_discard, 20);
 UBLK_UAPI_SIZE(ublk_param_devt, 16);

@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Objects and locks.
+ *
+ * A device is made by ADD_DEV, lives in the table of devices until its last
+ * reference goes, and is referenced by: the table's entry until DEL_DEV, each
+ * open file and mapping of /dev/ublkcN (by way of the cdev), the disk while it
+ * exists, and each control command at work on it.
+ *
+ * A server reaches the device through an open file of /dev/ublkcN. An armed
+ * I/O command pins that file. So when a file is released no command of it is
+ * left, neither is a mapping nor a system call, and, because a ring lets go of
+ * its registered files last, no I/O of a dead server's ring: only then are its
+ * requests given to somebody else. That moment, in server.c, is the only one
+ * at which a queue changes hands.
+ *
+ * Locks, outermost first:
+ *   ub->mutex   one control command at a time changes the device. Held across
+ *               add_disk() and del_gendisk(), so nothing that these may wait
+ *               for (I/O commands, release of files) takes it.
+ *   ub->lock    state, disk, mode of the queues (up, closing, lost), owners,
+ *               counts of fetched tags, and the decision whether a request is
+ *               parked or failed. Never taken on the way of a request that
+ *               finds its tag armed.
+ *   io->lock    state and contents of one tag. Whoever moves a tag from ARMED
+ *               to another state owns its command, and completes it.
+ * None is taken in interrupts.
+ *
+ * q->up and q->closing are written under ub->lock and read under io->lock by
+ * those who arm or dispatch a tag. Who clears q->up or sets q->closing goes
+ * over all tags afterwards, taking each io->lock: a tag is either seen by that
+ * pass or its user sees the flag.
+ */
+#ifndef UBLKD_DRIVER_H
+#define UBLKD_DRIVER_H
+
+#include <linux/atomic.h>
+#include <linux/blk-mq.h>
+#include <linux/blkdev.h>
+#include <linux/cdev.h>
+#include <linux/device.h>
+#include <linux/mutex.h>
+#include <linux/refcount.h>
+#include <linux/sched.h>
+#include <linux/spinlock.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include "compat.h"
+#include <linux/ioctl.h>
+
+#include "ublk.h"
+
+#define UBLK_MAX_DEVICES	(1U << MINORBITS)
+
+/* How often is looked for dead servers, where nothing tells of them. */
+#define UBLK_WATCH_PERIOD	HZ
+
+/* What is built, on every kernel. ADD_DEV drops what is not in here. */
+#define UBLK_FEATURES (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_NEED_GET_DATA |	\
+		       UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |	\
+		       UBLK_F_UNPRIVILEGED_DEV | UBLK_F_CMD_IOCTL_ENCODE |	\
+		       UBLK_F_USER_COPY | UBLK_F_USER_RECOVERY_FAIL_IO |	\
+		       UBLK_F_UPDATE_SIZE | UBLK_F_QUIESCE |			\
+		       UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
+		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS)
+
+/* Not asked for but told: ways in which this driver behaves with any server. */
+#define UBLK_FEATURES_ALWAYS (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_CMD_IOCTL_ENCODE |	\
+			      UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV)
+
+#define UBLK_PARAM_TYPES (UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DISCARD |	\
+			  UBLK_PARAM_TYPE_DEVT | UBLK_PARAM_TYPE_DMA_ALIGN |	\
+			  UBLK_PARAM_TYPE_SEGMENT)
+
+enum ublk_io_state {
+	UBLK_IO_UNARMED,	/* no command, no request: not fetched, or given back */
+	UBLK_IO_ARMED,		/* ->cmd waits for a request */
+	UBLK_IO_DISPATCHED,	/* ->cmd and ->req are on their way to the server's task */
+	UBLK_IO_SERVED,		/* the server has ->req */
+	UBLK_IO_WANTS_DATA,	/* so it has, but no data yet: NEED_GET_DATA comes next */
+	UBLK_IO_BUSY,		/* a command of the server's is at work on ->req */
+};
+
+struct ublk_io {
+	spinlock_t lock;
+	enum ublk_io_state state;
+	struct io_uring_cmd *cmd;
+	struct request *req;
+	u64 addr;
+	struct task_struct *task;	/* that fetched the tag; until the queue has no owner */
+};
+
+struct ublk_device;
+
+struct ublk_queue {
+	struct ublk_device *ub;
+	unsigned int id;
+	unsigned int depth;
+	bool up;			/* requests go to the server */
+	bool closing;			/* tags are given back instead of armed */
+	bool lost;			/* its owner is about to go */
+	unsigned int fetched;		/* tags, by this owner */
+	struct ublk_file *owner;
+	u32 generation;			/* owners that it has had */
+	struct ublksrv_io_desc *descs;	/* the server reads them */
+	struct ublk_io ios[];
+};
+
+/* With an armed command, in io_uring's memory. */
+struct ublk_cmd_data {
+	struct ublk_queue *q;
+	unsigned int tag;
+};
+
+static inline struct ublk_cmd_data *ublk_cmd_data(struct io_uring_cmd *cmd)
+{
+	BUILD_BUG_ON(sizeof(struct ublk_cmd_data) > sizeof(cmd->pdu));
+	return (struct ublk_cmd_data *)cmd->pdu;
+}
+
+/* An open file of /dev/ublkcN. */
+struct ublk_file {
+	struct ublk_device *ub;
+};
+
+struct ublk_device {
+	struct device dev;		/* its reference count is ours */
+	struct cdev cdev;
+	unsigned int id;
+	bool id_used;
+	bool deleted;			/* under ublk_devices_mutex; hint elsewhere */
+	bool unprivileged_counted;
+	bool tag_set_made;
+	struct mutex mutex;
+	spinlock_t lock;
+	wait_queue_head_t wait;		/* queues fetched, device deleted */
+
+	struct ublksrv_ctrl_dev_info info;
+	struct ublk_params params;	/* under mutex */
+	struct gendisk *disk;
+	struct blk_mq_tag_set tag_set;
+	struct ublk_queue **queues;
+
+	unsigned int ready;		/* queues whose tags are all fetched */
+	unsigned int files;		/* open */
+	struct mm_struct *mm;		/* that may map; compared only */
+	bool force_abort;		/* STOP_DEV: nothing waits for a server any more */
+	bool started;			/* there was a disk */
+	bool stopped;			/* for good */
+	bool recovering;		/* between START_ and END_USER_RECOVERY */
+	bool served;			/* a queue was fetched once */
+	bool plain_daemon;		/* a tag was fetched without CAP_SYS_ADMIN */
+	bool no_open;			/* TRY_STOP_DEV is at work */
+	unsigned int io_timeout;	/* seconds, then the server is killed; 0: never */
+
+	struct work_struct stop_work;
+	struct work_struct scan_work;
+	struct work_struct free_work;
+	struct delayed_work watch_work;
+};
+
+/* Beside each request: those who use its pages, and what its last user does. */
+struct ublk_request {
+	refcount_t ref;
+	int res;
+	enum ublk_end { UBLK_END_COMMIT, UBLK_END_ABORT } end;
+};
+
+static inline bool ublk_has(const struct ublk_device *ub, u64 flag)
+{
+	return ub->info.flags & flag;
+}
+
+static inline bool ublk_may_recover(const struct ublk_device *ub)
+{
+	return ublk_has(ub, UBLK_F_USER_RECOVERY);
+}
+
+static inline bool ublk_req_has_data(const struct request *req)
+{
+	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_WRITE;
+}
+
+static inline size_t ublk_descs_size(unsigned int depth)
+{
+	return PAGE_ALIGN(depth * sizeof(struct ublksrv_io_desc));
+}
+
+/* main.c */
+extern struct workqueue_struct *ublk_wq;
+extern struct class ublk_class;
+extern dev_t ublk_devt;
+extern unsigned int ublk_max_unprivileged;
+extern unsigned int ublk_default_timeout;
+
+/* control.c */
+int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
+int ublk_check_opcode(u32 op);
+
+/* device.c */
+struct ublk_device *ublk_get_by_id(u32 id);
+void ublk_put(struct ublk_device *ub);
+int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer);
+int ublk_start(struct ublk_device *ub, int pid);
+int ublk_stop(struct ublk_device *ub);
+int ublk_try_stop(struct ublk_device *ub);
+int ublk_update_size(struct ublk_device *ub, u64 sectors);
+int ublk_delete(struct ublk_device *ub);
+int ublk_wait_for_id(u32 id);
+void ublk_wait_for_devices(void);
+int ublk_wait_ready(struct ublk_device *ub);
+bool ublk_all_ready(struct ublk_device *ub);
+
+/* params.c */
+int ublk_params_check(struct ublk_device *ub, const struct ublk_params *params);
+struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
+
+/* queue.c */
+extern const struct blk_mq_ops ublk_mq_ops;
+int ublk_alloc_queues(struct ublk_device *ub);
+void ublk_free_queues(struct ublk_device *ub);
+void ublk_abort(struct ublk_device *ub, struct request *req, bool delivered);
+void ublk_finish(struct ublk_queue *q, struct request *req, enum ublk_end end, int res);
+void ublk_req_put(struct ublk_queue *q, struct request *req);
+void ublk_kick(struct gendisk *disk);
+
+/* io.c */
+int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
+void ublk_dispatch(struct io_uring_cmd *cmd);
+void ublk_give_back(struct io_uring_cmd *cmd);
+
+/* copy.c */
+size_t ublk_copy_request(struct request *req, size_t offset, struct iov_iter *iter, int dir);
+size_t ublk_copy_to_server(struct request *req, u64 addr);
+size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes);
+ssize_t ublk_ch_read_iter(struct kiocb *iocb, struct iov_iter *iter);
+ssize_t ublk_ch_write_iter(struct kiocb *iocb, struct iov_iter *iter);
+
+/* chardev.c */
+extern const struct file_operations ublk_ch_fops;
+
+/* server.c */
+void ublk_server_lost(struct ublk_device *ub, struct ublk_file *file);
+void ublk_server_gone(struct ublk_file *file);
+void ublk_reap_exiting(struct ublk_device *ub);
+void ublk_watch(struct work_struct *work);
+void ublk_give_back_armed(struct ublk_device *ub);
+int ublk_start_recovery(struct ublk_device *ub);
+int ublk_end_recovery(struct ublk_device *ub, int pid);
+int ublk_quiesce(struct ublk_device *ub, u64 timeout_ms);
+int ublk_get_queue_states(struct ublk_device *ub, u64 addr, unsigned int len);
+
+#endif
