@@ -87,7 +87,7 @@ void ublk_abort(struct ublk_device *ub, struct request *req, bool delivered)
 		blk_mq_requeue_request(req, false);
 	spin_unlock(&ub->lock);
 	if (!park)
-		blk_mq_end_request(req, ublk_no_server(ub));
+		blk_mq_end_request(req, delivered ? BLK_STS_IOERR : ublk_no_server(ub));
 }
 
 /* A new request that finds nobody. */
