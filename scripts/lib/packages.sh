@@ -58,6 +58,14 @@ need_vm_packages() {
     need python3 python3
 }
 
+# Headers come by the kernel's name, with the compiler that this Debian's kernels are built with.
+need_driver_packages() {
+    need gcc-12 gcc-12
+    need make make
+    need debootstrap debootstrap
+    need unshare util-linux
+}
+
 need_bench_packages() {
     need fio fio
 }

@@ -63,6 +63,16 @@ class Source:
         names = [line.split(" ")[0] for line in listed.splitlines()]
         return [name for name in names if re.fullmatch(pattern, name)]
 
+    def depends(self, package: str) -> list[str]:
+        """Names of the packages that one depends on."""
+        listed = run(["apt-cache", *self._options, "depends", "--no-recommends", "--no-suggests", package])
+        lines = (line.strip() for line in listed.splitlines())
+        return [line.removeprefix("Depends: ") for line in lines if line.startswith("Depends: ")]
+
+    def site(self) -> str:
+        """Base address of the archive that the suite is in."""
+        return _main_site(_own_targets())
+
     def download(self, packages: list[str], into: Path) -> list[Path]:
         """Download packages and return the files."""
         self._get("download", *packages, cwd=into)

@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import kernels
+from . import driver, kernels
+from .outcome import CANNOT_START, VMError
 
 KERNELS = ("6.12", "newest")
 TESTS = "tests/integration"
@@ -47,11 +48,16 @@ class Batch:
         return lines[-1].strip() if lines else "no output yet"
 
 
-def command(kernel: str, logs: Path, arguments: list[str]) -> list[str]:
-    """The scripts/vm call for one kernel. `arguments` are pytest's; node ids replace the directory."""
+def command(kernel: str, logs: Path, arguments: list[str], module: Path | None = None) -> list[str]:
+    """The scripts/vm call for one kernel. `arguments` are pytest's; node ids replace the directory.
+
+    With `module`, on that driver instead of the kernel's own.
+    """
     named = any(argument.startswith("tests/") for argument in arguments)
     tests = arguments if named else [*arguments, TESTS]
     machine = [*_MACHINE, f"--log={logs / kernel}.console"]
+    if module is not None:
+        machine.append(f"--module={module}")
     return [str(_TOP / "scripts" / "vm"), kernel, *machine, "--", *_PYTEST, *tests]
 
 
@@ -61,34 +67,47 @@ def main(arguments: list[str] | None = None) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parse = argparse.ArgumentParser(
         prog="integration",
-        usage="integration [KERNEL...] [--jobs N] [-- PYTEST-ARGUMENT...]",
+        usage="integration [KERNEL...] [--jobs N] [--own-driver | --module FILE.ko] [-- PYTEST-ARGUMENT...]",
         description=__doc__,
     )
     parse.add_argument("kernels", nargs="*", help="default: " + ", ".join(KERNELS))
     parse.add_argument("--jobs", type=int, default=2, metavar="N", help="machines at a time (default %(default)s)")
+    parse.add_argument("--own-driver", action="store_true", help="on the driver in kernel_module/, built first")
+    parse.add_argument("--module", type=Path, metavar="FILE.ko", help="on this driver, for the one kernel it is for")
     options = parse.parse_args(arguments[:split])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    names = [kernels.series(name).name for name in options.kernels or KERNELS]
+    default = driver.KERNELS if options.own_driver else KERNELS
+    names = [kernels.series(name).name for name in options.kernels or default]
+    modules: dict[str, Path] = {}
+    if options.module:
+        modules = {name: options.module for name in names}
     try:
-        return run(names, arguments[split + 1 :], options.jobs)
+        if options.own_driver:
+            modules = {name: driver.build(name) for name in names}
+        return run(names, arguments[split + 1 :], options.jobs, modules)
+    except VMError as error:
+        print(f"integration: {error}", file=sys.stderr)
+        return CANNOT_START
     except KeyboardInterrupt:
         return 130
 
 
-def run(names: list[str], pytest_arguments: list[str], jobs: int) -> int:
+def run(names: list[str], pytest_arguments: list[str], jobs: int, modules: dict[str, Path] | None = None) -> int:
     """Run the tests on each kernel, `jobs` of them at a time; outputs don't mix."""
+    modules = modules or {}
     logs = _TOP / "build" / "vm-logs"
     logs.mkdir(parents=True, exist_ok=True)
     if len(names) == 1:
         # nothing to keep apart: let the output through as it comes
-        only = command(names[0], logs, pytest_arguments)
+        only = command(names[0], logs, pytest_arguments, modules.get(names[0]))
         return subprocess.run(only, cwd=_TOP, stdin=subprocess.DEVNULL).returncode
     waiting, running, statuses = list(names), list[Batch](), dict[str, int]()
     beat = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), logs, pytest_arguments))
+                name = waiting.pop(0)
+                running.append(_start(name, logs, pytest_arguments, modules.get(name)))
             time.sleep(0.2)
             for batch in [batch for batch in running if batch.process.poll() is not None]:
                 running.remove(batch)
@@ -105,11 +124,11 @@ def _output(logs: Path, kernel: str) -> Path:
     return logs / f"{kernel}.output"
 
 
-def _start(kernel: str, logs: Path, pytest_arguments: list[str]) -> Batch:
+def _start(kernel: str, logs: Path, pytest_arguments: list[str], module: Path | None) -> Batch:
     output = _output(logs, kernel)
     with open(output, "wb") as file:
         process = subprocess.Popen(
-            command(kernel, logs, pytest_arguments),
+            command(kernel, logs, pytest_arguments, module),
             cwd=_TOP,
             stdin=subprocess.DEVNULL,
             stdout=file,

@@ -109,6 +109,7 @@ F_INTEGRITY = 1 << 16
 F_SAFE_STOP_DEV = 1 << 17
 F_NO_AUTO_PART_SCAN = 1 << 18
 F_SHMEM_ZC = 1 << 19
+F_SHARDS = 1 << 48  # ublkd's own driver
 
 
 class Flag(NamedTuple):
@@ -142,6 +143,7 @@ FLAGS = {
     "SAFE_STOP_DEV": Flag(F_SAFE_STOP_DEV, "a stop that refuses while the disk is open", "7.0"),
     "NO_AUTO_PART_SCAN": Flag(F_NO_AUTO_PART_SCAN, "a start without a partition scan", "7.0"),
     "SHMEM_ZC": Flag(F_SHMEM_ZC, "no copy from memory that client and server share", "7.1"),
+    "SHARDS": Flag(F_SHARDS, "queues of a device have servers of their own", "ublkd's driver"),
 }
 
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker that dies stalls its own queue, and a new one takes it over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any
+
+import pytest
+from conftest import CLIENTS
+
+KILLS = int(os.environ.get("UBLKD_SHARD_KILLS", "60"))
+
+
+class Shards:
+    """The C server, asked line by line."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [CLIENTS / "shards"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout
+        self.path = self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, self.process.stderr.read()
+        return dict(json.loads(answer))
+
+
+@pytest.mark.usefixtures("ours")
+def test_killed_workers_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    shards = Shards()
+    assert shards.path.startswith("/dev/ublkb"), shards.process.communicate()
+    fio = subprocess.Popen(
+        [
+            "fio", "--name=shard", f"--filename={shards.path}", "--numjobs=4", "--group_reporting",
+            "--cpus_allowed=0-3", "--cpus_allowed_policy=split", "--ioengine=io_uring", "--direct=1",
+            "--rw=randrw", "--bs=4k", "--iodepth=8", "--size=4M", "--offset_increment=16M",
+            "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--loops=100000", "--time_based",
+            f"--runtime={KILLS // 8 + 12}", "--output-format=json",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        shards.ask("quiet 2000")  # fio begins
+        quiet = shards.ask("quiet 3000")["gap_us"]
+        killed = shards.ask(f"kill {KILLS}")
+        still_running = fio.poll() is None
+        output = fio.communicate(timeout=600)[0]
+    finally:
+        fio.kill()
+    assert still_running, "fio ended before the kills did: " + output[-2000:]
+    assert fio.returncode == 0, output[-3000:]
+    assert json.loads(output[output.index("{") :])["jobs"][0]["error"] == 0
+    assert shards.ask("quit")["end"] == 0
+    assert shards.process.wait(60) == 0
+    assert shards.process.stderr
+    assert shards.process.stderr.read() == ""
+    with capsys.disabled():
+        print(
+            f"\n{KILLS} kills: longest gap on a surviving queue {killed['gap_us']} us, without kills {quiet} us; "
+            f"takeover {killed['takeover_us']} us, at most {killed['worst_takeover_us']} us"
+        )
