@@ -312,5 +312,10 @@ int ublk_ctrl_uring_cmd(struct io_uring_cmd *ucmd, unsigned int issue_flags)
 		err = ublk_ctrl_on_device(&ub, &cmd, nr);
 	if (ub)
 		ublk_put(ub);
+	if (err > 0) {
+		/* 6.1 forgets a command whose worker thread returns more than 0 */
+		ublk_uring_done(ucmd, err, issue_flags);
+		return -EIOCBQUEUED;
+	}
 	return err;
 }

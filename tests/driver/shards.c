@@ -206,9 +206,16 @@ int main(void)
 				usleep(20000 + random() % 20000);
 				if (worst_gap(q) > worst)
 					worst = worst_gap(q);
-				for (int j = 0; j < QUEUES; j++)
-					if (shared->queue[j].done == before[j])
-						fprintf(stderr, "kill %d: queue %d made no progress\n", i, j);
+				/* all go on, the dead one's queue too */
+				for (int j = 0; j < QUEUES; j++) {
+					while (shared->queue[j].done == before[j]) {
+						if (now_us() - from > 30000000) {
+							fprintf(stderr, "kill %d: queue %d stands still\n", i, j);
+							return 5;
+						}
+						usleep(500);
+					}
+				}
 			}
 			printf("{\"gap_us\": %lld, \"takeover_us\": %lld, \"worst_takeover_us\": %lld}\n",
 			       (long long)worst, (long long)(total / (n ? n : 1)), (long long)takeover);
