@@ -320,7 +320,8 @@ static int ublk_start_locked(struct ublk_device *ub, int pid)
 	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
 		return -EINVAL;
 	seconds = READ_ONCE(ub->io_timeout);
-	ub->tag_set.timeout = seconds ? seconds * HZ : 0;
+	/* 0 is the block layer's own: a look at what takes long, see ublk_timeout() */
+	ub->tag_set.timeout = min_t(unsigned int, seconds, INT_MAX / HZ) * HZ;
 	disk = ublk_alloc_disk(ub);
 	if (IS_ERR(disk))
 		return PTR_ERR(disk);
@@ -447,7 +448,10 @@ int ublk_try_stop(struct ublk_device *ub)
 		goto unlock;
 	}
 	/* openers come and go under open_mutex, see ublk_blk_open() */
-	mutex_lock(&disk->open_mutex);
+	if (mutex_lock_interruptible(&disk->open_mutex)) {
+		err = -EINTR;
+		goto unlock;
+	}
 	if (disk_openers(disk))
 		err = -EBUSY;
 	else

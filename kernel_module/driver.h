@@ -220,7 +220,7 @@ struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
 extern const struct blk_mq_ops ublk_mq_ops;
 int ublk_alloc_queues(struct ublk_device *ub);
 void ublk_free_queues(struct ublk_device *ub);
-void ublk_abort(struct ublk_device *ub, struct request *req, bool delivered);
+void ublk_abort(struct ublk_queue *q, struct request *req, bool delivered);
 void ublk_finish(struct ublk_queue *q, struct request *req, enum ublk_end end, int res);
 void ublk_req_put(struct ublk_queue *q, struct request *req);
 void ublk_kick(struct gendisk *disk);

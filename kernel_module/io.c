@@ -31,7 +31,7 @@ static noinline void ublk_undeliverable(struct io_uring_cmd *cmd, unsigned int i
 	io->cmd = NULL;
 	io->state = UBLK_IO_UNARMED;
 	spin_unlock(&io->lock);
-	ublk_abort(q->ub, req, false);
+	ublk_abort(q, req, false);
 	ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 }
 

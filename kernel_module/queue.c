@@ -72,19 +72,28 @@ static blk_status_t ublk_no_server(struct ublk_device *ub)
 	return ublk_has(ub, UBLK_F_USER_RECOVERY_FAIL_IO) ? BLK_STS_TARGET : BLK_STS_IOERR;
 }
 
+/* Under ub->lock, so that whoever lifts the reason to park finds the request on the list. */
+static void ublk_park(struct ublk_queue *q, struct request *req)
+{
+	blk_mq_requeue_request(req, false);
+	/* somebody serves already: the list was sent for without this one */
+	if (q->up)
+		blk_mq_delay_kick_requeue_list(req->q, UBLK_RETRY_MS);
+}
+
 /*
  * End a request without the server, or park it on the requeue list until there
  * is one. `delivered`: the server has seen it, and a write may be done already.
  */
-void ublk_abort(struct ublk_device *ub, struct request *req, bool delivered)
+void ublk_abort(struct ublk_queue *q, struct request *req, bool delivered)
 {
+	struct ublk_device *ub = q->ub;
 	bool park;
 
-	/* under the lock, so that whoever lifts the reason to park finds it on the list */
 	spin_lock(&ub->lock);
 	park = ublk_parks(ub) && (!delivered || ublk_has(ub, UBLK_F_USER_RECOVERY_REISSUE));
 	if (park)
-		blk_mq_requeue_request(req, false);
+		ublk_park(q, req);
 	spin_unlock(&ub->lock);
 	if (!park)
 		blk_mq_end_request(req, delivered ? BLK_STS_IOERR : ublk_no_server(ub));
@@ -98,12 +107,8 @@ static blk_status_t ublk_divert(struct ublk_queue *q, struct request *req)
 
 	spin_lock(&ub->lock);
 	park = ublk_parks(ub);
-	if (park) {
-		blk_mq_requeue_request(req, false);
-		/* the queue came up since we looked, and its requests were sent for without this one */
-		if (q->up)
-			blk_mq_delay_kick_requeue_list(req->q, UBLK_RETRY_MS);
-	}
+	if (park)
+		ublk_park(q, req);
 	spin_unlock(&ub->lock);
 	return park ? BLK_STS_OK : ublk_no_server(ub);
 }
@@ -216,7 +221,7 @@ static void ublk_end(struct ublk_queue *q, struct request *req)
 	if (likely(data->end == UBLK_END_COMMIT))
 		ublk_end_committed(req, data->res);
 	else
-		ublk_abort(q->ub, req, true);
+		ublk_abort(q, req, true);
 }
 
 /* End a request that the server had, now or when the last system call lets go of its pages. */

@@ -292,9 +292,13 @@ static bool ublk_each_has_armed(struct ublk_device *ub)
 {
 	unsigned int i;
 
-	for (i = 0; i < ub->info.nr_hw_queues; i++)
-		if (!ublk_has_armed(ub->queues[i]))
+	for (i = 0; i < ub->info.nr_hw_queues; i++) {
+		struct ublk_queue *q = ub->queues[i];
+
+		/* one without a server has nobody to be told */
+		if (READ_ONCE(q->owner) && !READ_ONCE(q->lost) && !ublk_has_armed(q))
 			return false;
+	}
 	return true;
 }
 
@@ -311,8 +315,7 @@ static int ublk_quiesce_wait(struct ublk_device *ub, u64 timeout_ms)
 		/* nobody left to wait for, or nothing */
 		if (READ_ONCE(ub->info.state) != UBLK_S_DEV_LIVE)
 			return 0;
-		if (schedule_timeout_interruptible(pause) && signal_pending(current))
-			return -EINTR;
+		schedule_timeout_interruptible(pause);
 		if (signal_pending(current))
 			return -EINTR;
 		left -= pause;

@@ -1,0 +1,381 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Random commands from several processes that die at random moments.
+ *
+ *   fuzz SECONDS SEED
+ *
+ * Servers with bad manners (wrong tags, wrong addresses, other threads,
+ * answers that make no sense), controllers that give any command to any
+ * device, users of the disks. Only that the kernel keeps well counts, and that
+ * all devices can be deleted at the end.
+ */
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+
+#include "client.h"
+
+#define DEVICES 3
+#define QUEUES 2
+#define DEPTH 8
+#define BYTES (4 << 20)
+#define ACTORS 7
+
+static uint32_t ids[DEVICES]; /* any number may be one of them, and not for long */
+static unsigned int seed;
+
+static unsigned int rnd(unsigned int n)
+{
+	return rand_r(&seed) % n;
+}
+
+static bool one_in(unsigned int n)
+{
+	return !rnd(n);
+}
+
+static uint32_t any_id(void)
+{
+	return one_in(20) ? rnd(200) : ids[rnd(DEVICES)];
+}
+
+static void *any_memory(void)
+{
+	static char memory[1 << 20];
+
+	switch (rnd(12)) {
+	case 0:
+		return NULL;
+	case 1:
+		return (void *)0xdead0000;
+	case 2:
+		return (void *)0xffff888000000000;
+	default:
+		return memory + rnd(4096);
+	}
+}
+
+static const uint64_t recovery[] = {
+	0,
+	UBLK_F_USER_RECOVERY,
+	UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
+	UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
+	UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_SHARDS,
+	UBLK_F_USER_RECOVERY | UBLK_F_SHARDS,
+};
+
+static void controller(void)
+{
+	struct control c;
+	unsigned int i, n = 20 + rnd(200);
+
+	control_open(&c);
+	for (i = 0; i < n; i++) {
+		struct ublksrv_ctrl_dev_info info = {
+			.nr_hw_queues = one_in(20) ? rnd(70000) : 1 + rnd(QUEUES),
+			.queue_depth = one_in(20) ? rnd(70000) : 1 + rnd(DEPTH),
+			.max_io_buf_bytes = one_in(10) ? rnd(1 << 30) : MAX_IO,
+			.flags = recovery[rnd(6)],
+		};
+		struct ublk_params params = plain_params(BYTES);
+		struct ublksrv_ctrl_cmd cmd = { .queue_id = 0xffff };
+		uint32_t op = _IOWR('u', rnd(32), struct ublksrv_ctrl_cmd);
+
+		cmd.dev_id = info.dev_id = any_id();
+		if (one_in(4))
+			info.flags |= UBLK_F_USER_COPY;
+		else if (one_in(4))
+			info.flags |= UBLK_F_NEED_GET_DATA;
+		if (one_in(3))
+			info.flags |= UBLK_F_QUIESCE & -!!info.flags;
+		switch (rnd(14)) {
+		case 0:
+		case 1:
+			op = UBLK_U_CMD_ADD_DEV;
+			cmd.addr = (uintptr_t)&info;
+			cmd.len = sizeof(info);
+			break;
+		case 2:
+		case 3:
+			op = UBLK_U_CMD_SET_PARAMS;
+			for (unsigned int k = one_in(2) ? rnd(6) : 0; k; k--)
+				((char *)&params)[rnd(sizeof(params))] = rnd(256);
+			cmd.addr = (uintptr_t)&params;
+			cmd.len = one_in(8) ? rnd(200) : sizeof(params);
+			break;
+		case 4:
+		case 5:
+			op = UBLK_U_CMD_START_DEV;
+			cmd.data[0] = getpid();
+			break;
+		case 6:
+			op = UBLK_U_CMD_START_USER_RECOVERY;
+			break;
+		case 7:
+			op = UBLK_U_CMD_END_USER_RECOVERY;
+			cmd.data[0] = getpid();
+			break;
+		case 8:
+			if (!one_in(4))
+				continue;
+			op = one_in(2) ? UBLK_U_CMD_DEL_DEV_ASYNC : UBLK_U_CMD_DEL_DEV;
+			break;
+		case 9:
+			op = one_in(2) ? UBLK_U_CMD_QUIESCE_DEV : UBLK_U_CMD_UPDATE_SIZE;
+			cmd.data[0] = rnd(300);
+			break;
+		case 10:
+			if (!one_in(4))
+				continue;
+			op = one_in(2) ? UBLK_U_CMD_TRY_STOP_DEV : UBLK_U_CMD_STOP_DEV;
+			break;
+		default:
+			if (one_in(4))
+				op = _IOR('u', one_in(2) ? 0x60 : rnd(256), struct ublksrv_ctrl_cmd);
+			if (one_in(4))
+				op = rnd(one_in(2) ? 64 : 1u << 31);
+			cmd.addr = (uintptr_t)any_memory();
+			cmd.len = rnd(one_in(2) ? 70000 : 200);
+			cmd.data[0] = rnd(8);
+			cmd.queue_id = rnd(4);
+			cmd.dev_path_len = one_in(8) ? rnd(5000) : 0;
+			/* those above are rarer on purpose */
+			if ((op & 0xff) == 0x05 || (op & 0xff) == 0x14 || (op & 0xff) == 0x07)
+				continue;
+		}
+		control_raw(&c, op, &cmd, 1 + rnd(300));
+	}
+	control_close(&c);
+}
+
+struct thread_args {
+	struct io_uring *ring;
+	int fd;
+};
+
+static void *other_thread(void *arg)
+{
+	struct thread_args *t = arg;
+	char buf[512];
+
+	for (int i = 0; i < 30; i++) {
+		off_t pos = UBLKSRV_IO_BUF_OFFSET + ((off_t)(i % QUEUES) << UBLK_QID_OFF) +
+			    ((off_t)(i % DEPTH) << UBLK_TAG_OFF);
+
+		if (pread(t->fd, buf, sizeof(buf), pos) < 0)
+			usleep(100);
+		if (pwrite(t->fd, buf, sizeof(buf), pos + 512) < 0)
+			usleep(100);
+	}
+	return NULL;
+}
+
+static void server(void)
+{
+	unsigned int queues = 1 + rnd(QUEUES), first = rnd(QUEUES), depth = DEPTH;
+	unsigned int flags = one_in(3) ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN : 0;
+	bool honest = !one_in(4);
+	struct thread_args args;
+	struct io_uring ring;
+	unsigned int i, idle = 0, rounds = 50 + rnd(2000);
+	pthread_t thread;
+	bool threaded = one_in(3);
+	static char bufs[QUEUES * DEPTH][MAX_IO];
+	int fd;
+
+	fd = open_char(ids[rnd(DEVICES)]);
+	if (fd < 0)
+		return;
+	if (one_in(10))
+		flags = IORING_SETUP_SQPOLL;
+	if (io_uring_queue_init(64, &ring, flags))
+		return;
+	for (i = 0; i < QUEUES; i++)
+		map_queue(fd, i, one_in(6) ? rnd(5000) : depth);
+	if (one_in(6))
+		mmap(NULL, 4096, PROT_READ | (one_in(2) ? PROT_WRITE : 0), MAP_PRIVATE, fd, rnd(1 << 20) & ~4095);
+	args = (struct thread_args){ &ring, fd };
+	if (threaded)
+		pthread_create(&thread, NULL, other_thread, &args);
+	for (i = 0; i < queues * depth; i++) {
+		unsigned int q = (first + i / depth) % QUEUES;
+		uint64_t addr = honest || one_in(2) ? (uintptr_t)bufs[q * DEPTH + i % depth] : (uintptr_t)any_memory();
+
+		io_cmd(&ring, fd, UBLK_U_IO_FETCH_REQ, q, i % depth, 0, addr);
+		/* with user copy a buffer is refused */
+		io_cmd(&ring, fd, UBLK_U_IO_FETCH_REQ, q, i % depth, 0, 0);
+		if (one_in(50)) {
+			struct io_uring_sqe *sqe = get_sqe(&ring, 64);
+
+			io_uring_prep_nop(sqe);
+			sqe->user_data = ~0ull;
+		}
+	}
+	io_uring_submit(&ring);
+	while (rounds-- && idle < 40) {
+		struct __kernel_timespec ts = { 0, 20000000 };
+		struct io_uring_cqe *cqe;
+
+		if (io_uring_wait_cqe_timeout(&ring, &cqe, &ts)) {
+			idle++;
+			continue;
+		}
+		if (cqe->user_data < DEPTH && (cqe->res == 0 || cqe->res == 1)) {
+			unsigned int tag = cqe->user_data, q;
+			bool want = cqe->res == 1;
+
+			idle = 0;
+			io_uring_cqe_seen(&ring, cqe);
+			/* whose tag it was is anybody's guess */
+			for (q = 0; q < QUEUES; q++) {
+				int res = honest ? MAX_IO : (int)rnd(1 << 20) - (1 << 17);
+				uint64_t addr = one_in(2) ? (uintptr_t)bufs[q * DEPTH + tag] :
+						one_in(6) ? (uintptr_t)any_memory() : 0;
+
+				if (one_in(60))
+					continue;
+				io_cmd(&ring, fd, want ? UBLK_U_IO_NEED_GET_DATA : UBLK_U_IO_COMMIT_AND_FETCH_REQ, q,
+				       tag, res, addr ? addr : (uintptr_t)bufs[q * DEPTH + tag]);
+				io_cmd(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, q, tag, res, 0);
+			}
+		} else {
+			io_uring_cqe_seen(&ring, cqe);
+		}
+		if (!honest && one_in(8)) {
+			struct io_uring_sqe *sqe;
+
+			io_cmd(&ring, fd, _IOWR('u', 0x20 + rnd(9), struct ublksrv_io_cmd), rnd(QUEUES + 1),
+			       rnd(DEPTH + 2), rnd(9999), (uintptr_t)any_memory());
+			sqe = get_sqe(&ring, 64);
+			io_uring_prep_nop(sqe);
+			sqe->user_data = ~0ull;
+			if (one_in(2))
+				sqe->flags |= IOSQE_ASYNC;
+		}
+		io_uring_submit(&ring);
+	}
+	if (one_in(2))
+		io_uring_queue_exit(&ring);
+	if (threaded)
+		pthread_join(thread, NULL);
+	/* the rest goes with the process */
+}
+
+static void user(void)
+{
+	static char buf[128 << 10] __attribute__((aligned(4096)));
+	char path[32];
+	int fd, i, n = 10 + rnd(200);
+
+	snprintf(path, sizeof(path), "/dev/ublkb%u", ids[rnd(DEVICES)]);
+	fd = open(path, O_RDWR | O_NONBLOCK | (one_in(2) ? O_DIRECT : 0));
+	if (fd < 0) {
+		usleep(20000);
+		return;
+	}
+	alarm(10);
+	for (i = 0; i < n; i++) {
+		size_t len = (1 + rnd(sizeof(buf) / 4096)) * 4096;
+		off_t at = (off_t)rnd(BYTES / 4096) * 4096;
+
+		if (one_in(2) ? pread(fd, buf, len, at) < 0 : pwrite(fd, buf, len, at) < 0)
+			usleep(1000);
+		if (one_in(20))
+			fsync(fd);
+		if (one_in(40))
+			fallocate(fd, 3, at, len);
+	}
+}
+
+static void (*const kinds[])(void) = { controller, controller, server, server, server, user, user };
+
+/* A first device that works, so that there is something to break. */
+static void set_table(struct control *c)
+{
+	struct ublk_params params = plain_params(BYTES);
+	struct ublksrv_ctrl_dev_info info;
+	int i;
+
+	for (i = 0; i < DEVICES; i++) {
+		ids[i] = 10 + i;
+		info = (struct ublksrv_ctrl_dev_info){
+			.nr_hw_queues = QUEUES,
+			.queue_depth = DEPTH,
+			.max_io_buf_bytes = MAX_IO,
+			.dev_id = ids[i],
+			.flags = recovery[rnd(6)] | (one_in(3) ? UBLK_F_USER_COPY : 0),
+		};
+		control(c, UBLK_U_CMD_ADD_DEV, ids[i], &info, sizeof(info), 0);
+		set_params(c, ids[i], &params);
+	}
+}
+
+static pid_t launch(int kind)
+{
+	unsigned int next = rand_r(&seed);
+	pid_t pid = fork();
+
+	if (pid)
+		return pid;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	seed = next;
+	kinds[kind]();
+	_exit(0);
+}
+
+int main(int argc, char **argv)
+{
+	int64_t until = now_us() + (argc > 1 ? atoll(argv[1]) : 20) * 1000000ll;
+	pid_t pids[ACTORS] = { 0 };
+	struct control c;
+	unsigned long deaths = 0, generations = 0;
+	int i, left = 0;
+
+	seed = argc > 2 ? atoi(argv[2]) : time(NULL);
+	printf("seed %u\n", seed);
+	fflush(stdout);
+	control_open(&c);
+	set_table(&c);
+	while (now_us() < until) {
+		for (i = 0; i < ACTORS; i++) {
+			int kind = i;
+
+			if (pids[i] && !waitpid(pids[i], NULL, WNOHANG)) {
+				if (one_in(60)) {
+					kill(pids[i], SIGKILL);
+					deaths++;
+				}
+				continue;
+			}
+			pids[i] = launch(kind);
+			generations++;
+		}
+		if (one_in(100))
+			set_table(&c);
+		usleep(5000 + rnd(10000));
+	}
+	for (i = 0; i < ACTORS; i++)
+		kill(pids[i], SIGKILL);
+	/* users of a disk that waits for a server go only with the disk */
+	for (i = 0; i < 300; i++) {
+		int res = control(&c, UBLK_U_CMD_DEL_DEV, i < 200 ? (uint32_t)i : ids[i % DEVICES], NULL, 0, 0);
+
+		if (res && res != -ENODEV) {
+			fprintf(stderr, "device %d can't be deleted: %d\n", i, res);
+			left++;
+		}
+	}
+	for (i = 0; i < ACTORS; i++) {
+		int waited = 0;
+
+		while (!waitpid(pids[i], NULL, WNOHANG) && waited++ < 3000)
+			usleep(10000);
+		if (waited >= 3000) {
+			fprintf(stderr, "actor %d (pid %d) does not end\n", i, pids[i]);
+			left++;
+		}
+	}
+	printf("%lu processes, %lu killed, %d left\n", generations, deaths, left);
+	return left ? 1 : 0;
+}
