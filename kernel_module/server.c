@@ -8,6 +8,7 @@
  * given back. See driver.h for why not earlier.
  */
 #include <linux/pid.h>
+#include <linux/sched/signal.h>
 #include <linux/uaccess.h>
 
 #include "driver.h"
@@ -129,6 +130,16 @@ void ublk_server_gone(struct ublk_file *file)
 }
 
 /*
+ * Will the task never answer again? The poll thread of a ring begins to exit
+ * only when the ring is gone, which an armed command of its own prevents; that
+ * its process is ending is what can be seen of it.
+ */
+static bool ublk_task_is_ending(struct task_struct *task)
+{
+	return (READ_ONCE(task->flags) & PF_EXITING) || (READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT);
+}
+
+/*
  * Commands of tasks that are on their way out, where io_uring doesn't tell, and
  * while the device is being stopped also their requests.
  */
@@ -150,7 +161,7 @@ void ublk_reap_exiting(struct ublk_device *ub)
 			if (!READ_ONCE(io->task))
 				continue;
 			spin_lock(&io->lock);
-			if (io->task && (READ_ONCE(io->task->flags) & PF_EXITING)) {
+			if (io->task && ublk_task_is_ending(io->task)) {
 				if (abort)
 					req = ublk_take_back(io);
 				if (io->state == UBLK_IO_ARMED && !IS_ENABLED(UBLK_HAVE_URING_CANCELABLE)) {

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same commands for the kernel's driver and for ours: the same results, but for what docs/driver.md lists."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import CLIENTS
+
+TOP = Path(__file__).resolve().parents[2]
+MODULE = TOP / "build" / "driver" / os.uname().release / "ublkd_drv.ko"
+
+DIFFERENCES: dict[str, tuple[int, int]] = {}
+"""By name: the kernel's result, and ours."""
+
+
+def results() -> dict[str, int]:
+    done = subprocess.run([CLIENTS / "conformance"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    pairs = (line.split() for line in done.stdout.splitlines())
+    return {name: int(value) for name, value in pairs}
+
+
+@pytest.fixture
+def both() -> tuple[dict[str, int], dict[str, int]]:
+    """Results of the kernel's driver, and of ours."""
+    there = subprocess.run(["modinfo", "ublk_drv"], capture_output=True, text=True)
+    if "alias" in there.stdout or there.returncode:
+        pytest.skip("this kernel has no driver of its own")
+    ours = results()
+    subprocess.run(["rmmod", "ublkd_drv"], check=True)
+    subprocess.run(["modprobe", "ublk_drv"], check=True)
+    try:
+        refused = subprocess.run(["insmod", MODULE], capture_output=True, text=True)
+        assert refused.returncode and "File exists" in refused.stderr
+        theirs = results()
+    finally:
+        subprocess.run(["rmmod", "ublk_drv"], check=True)
+        subprocess.run(["insmod", MODULE], check=True)
+    return theirs, ours
+
+
+@pytest.mark.usefixtures("ours")
+def test_same_results_as_the_kernel_s_driver(both: tuple[dict[str, int], dict[str, int]]) -> None:
+    theirs, ours = both
+    assert len(ours) > 150
+    found = {
+        name: (theirs.get(name, 9999), ours.get(name, 9999))
+        for name in {*theirs, *ours}
+        if theirs.get(name) != ours.get(name)
+    }
+    assert found == DIFFERENCES
+
+
+@pytest.mark.usefixtures("ours")
+def test_every_case_runs_on_ours() -> None:
+    assert len(results()) > 150
