@@ -10,7 +10,8 @@ PYTHON := .venv/bin/python -B
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-unit test-engine test-harness test-vm test-faults vm bench lint clean
+.PHONY: help build demo test test-unit test-engine test-harness test-vm test-faults
+.PHONY: driver test-driver test-driver-long vm bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -49,6 +50,21 @@ test-vm: ## integration tests on 6.12 and newest, or KERNEL=6.12 (TEST="-k somet
 test-faults: ## hours: what docs/reliability.md promises, in full (KERNEL=6.12 for one)
 	@scripts/setup
 	@scripts/faults --full storm upgrades orderings powercut many $(if $(KERNEL),--kernel $(KERNEL))
+
+driver: ## build our own kernel module for the kernels of scripts/vm
+	@scripts/setup driver
+	@scripts/driver $(KERNEL)
+
+test-driver: ## our driver on 6.1 and 6.12, or KERNEL=6.12: clients, conformance, shards, a short fuzz
+	@scripts/setup driver
+	@scripts/setup
+	@scripts/driver $(KERNEL) --test -- $(TEST)
+
+test-driver-long: ## the same for much longer, and the whole integration suite on it (hours)
+	@scripts/setup driver
+	@scripts/setup
+	UBLKD_SHARD_KILLS=500 UBLKD_FUZZ_SECONDS=1800 scripts/driver $(KERNEL) --test
+	@scripts/lib/integration $(KERNEL) --own-driver
 
 vm: ## a shell in KERNEL=6.12, or CMD="a command"
 	@scripts/setup vm

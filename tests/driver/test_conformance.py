@@ -52,7 +52,7 @@ def test_same_results_as_the_kernel_s_driver(both: tuple[dict[str, int], dict[st
         for name in {*theirs, *ours}
         if theirs.get(name) != ours.get(name)
     }
-    assert found == DIFFERENCES
+    assert found == DIFFERENCES, "\n".join(f"{name}: {was} {now}" for name, (was, now) in sorted(found.items()))
 
 
 @pytest.mark.usefixtures("ours")

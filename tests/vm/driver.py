@@ -180,15 +180,36 @@ def _say(text: str) -> None:
     print(f"driver: {text}", file=sys.stderr, flush=True)
 
 
+def test(name: str, module: Path, arguments: list[str]) -> int:
+    """Run tests/driver on a kernel with this module loaded: the exit status."""
+    done = subprocess.run(["make", "-s", "-C", str(_TOP / "tests" / "driver")])
+    if done.returncode:
+        raise VMError("the clients in tests/driver do not build")
+    pytest = [".venv/bin/python", "-B", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v"]
+    machine = [f"--module={module}", "--require-ublk", "--cpus=4", "--memory=3G", "--timeout=7200"]
+    environment = ["--env=UBLKD_REQUIRE_KERNEL=1"]
+    tests = arguments if any(argument.startswith("tests/") for argument in arguments) else [*arguments, "tests/driver"]
+    vm = [str(_TOP / "scripts" / "vm"), name, *machine, *environment, "--", *pytest, *tests]
+    return subprocess.run(vm, cwd=_TOP, stdin=subprocess.DEVNULL).returncode
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; prints the path of each module."""
-    parse = argparse.ArgumentParser(prog="driver", description=__doc__)
+    """Entry point; prints the path of each module, or the output of its tests."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    usage = "driver [KERNEL...] [--test [-- PYTEST-ARGUMENT...]]"
+    parse = argparse.ArgumentParser(prog="driver", usage=usage, description=__doc__)
     parse.add_argument("kernels", nargs="*", default=[], help="default: " + ", ".join(KERNELS))
-    options = parse.parse_args(arguments)
+    parse.add_argument("--test", action="store_true", help="and run tests/driver on each")
+    options = parse.parse_args(arguments[:split])
+    status = 0
     try:
         for name in options.kernels or KERNELS:
-            print(build(name), flush=True)
+            module = build(name)
+            print(module, flush=True)
+            if options.test:
+                status = test(name, module, arguments[split + 1 :]) or status
     except (VMError, apt.AptError) as error:
         _say(str(error))
         return CANNOT_START
-    return 0
+    return status
