@@ -55,7 +55,8 @@ int ublk_params_check(struct ublk_device *ub, const struct ublk_params *params)
 
 	if (!(types & UBLK_PARAM_TYPE_BASIC) || !ublk_basic_ok(ub, &params->basic))
 		return -EINVAL;
-	if (types & UBLK_PARAM_TYPE_DEVT)
+	/* read-only; and for devices of a kind that there are none of */
+	if (types & (UBLK_PARAM_TYPE_DEVT | UBLK_PARAM_TYPE_ZONED))
 		return -EINVAL;
 	if ((types & UBLK_PARAM_TYPE_DISCARD) && !ublk_discard_ok(&params->discard))
 		return -EINVAL;

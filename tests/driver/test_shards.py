@@ -43,12 +43,13 @@ def test_killed_workers_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None
             "--cpus_allowed=0-3", "--cpus_allowed_policy=split", "--ioengine=io_uring", "--direct=1",
             "--rw=randrw", "--bs=4k", "--iodepth=8", "--size=4M", "--offset_increment=16M",
             "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--loops=100000", "--time_based",
-            f"--runtime={KILLS // 8 + 12}", "--output-format=json",
+            f"--runtime={KILLS // 3 + 20}", "--output-format=json",
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        shards.ask("quiet 2000")  # fio begins
+        while shards.ask("quiet 500")["gap_us"] >= 400_000:  # fio begins
+            assert fio.poll() is None, fio.communicate()[0][-2000:]
         quiet = shards.ask("quiet 3000")["gap_us"]
         killed = shards.ask(f"kill {KILLS}")
         still_running = fio.poll() is None
