@@ -38,6 +38,8 @@ static inline const void *ublk_uring_payload(struct io_uring_cmd *cmd)
 
 /* Since 6.7 io_uring tells when the task or ring of a pending command goes away. */
 #ifdef UBLK_HAVE_URING_CANCELABLE
+#define UBLK_URING_CANCELS	true
+
 static inline bool ublk_uring_is_cancel(unsigned int issue_flags)
 {
 	return issue_flags & IO_URING_F_CANCEL;
@@ -48,6 +50,8 @@ static inline void ublk_uring_mark_cancelable(struct io_uring_cmd *cmd, unsigned
 	io_uring_cmd_mark_cancelable(cmd, issue_flags);
 }
 #else
+#define UBLK_URING_CANCELS	false
+
 static inline bool ublk_uring_is_cancel(unsigned int issue_flags)
 {
 	return false;

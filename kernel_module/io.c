@@ -165,9 +165,8 @@ static void ublk_queue_ready(struct ublk_queue *q)
 		ublk_kick(ub->disk);
 	}
 	wake_up_all(&ub->wait);
-#ifndef UBLK_HAVE_URING_CANCELABLE
-	queue_delayed_work(ublk_wq, &ub->watch_work, UBLK_WATCH_PERIOD);
-#endif
+	if (!UBLK_URING_CANCELS)
+		queue_delayed_work(ublk_wq, &ub->watch_work, UBLK_WATCH_PERIOD);
 }
 
 static int ublk_fetch(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr,

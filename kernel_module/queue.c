@@ -133,7 +133,6 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx, const struct blk_m
 	}
 	io->state = UBLK_IO_DISPATCHED;
 	io->req = req;
-	
 	cmd = io->cmd;
 	spin_unlock(&io->lock);
 

@@ -148,7 +148,7 @@ void ublk_reap_exiting(struct ublk_device *ub)
 	bool abort = READ_ONCE(ub->force_abort);
 	unsigned int i, tag;
 
-	if (IS_ENABLED(UBLK_HAVE_URING_CANCELABLE) && !abort)
+	if (UBLK_URING_CANCELS && !abort)
 		return;
 	for (i = 0; i < ub->info.nr_hw_queues; i++) {
 		struct ublk_queue *q = ub->queues[i];
@@ -164,7 +164,7 @@ void ublk_reap_exiting(struct ublk_device *ub)
 			if (io->task && ublk_task_is_ending(io->task)) {
 				if (abort)
 					req = ublk_take_back(io);
-				if (io->state == UBLK_IO_ARMED && !IS_ENABLED(UBLK_HAVE_URING_CANCELABLE)) {
+				if (io->state == UBLK_IO_ARMED && !UBLK_URING_CANCELS) {
 					cmd = io->cmd;
 					io->cmd = NULL;
 					/* not UNARMED yet: first the queue has to be down */
@@ -192,7 +192,7 @@ void ublk_watch(struct work_struct *work)
 
 	ublk_reap_exiting(ub);
 	spin_lock(&ub->lock);
-	again = ub->files && (!IS_ENABLED(UBLK_HAVE_URING_CANCELABLE) || (ub->force_abort && ub->disk));
+	again = ub->files && (!UBLK_URING_CANCELS || (ub->force_abort && ub->disk));
 	spin_unlock(&ub->lock);
 	if (again)
 		queue_delayed_work(ublk_wq, &ub->watch_work, UBLK_WATCH_PERIOD);
@@ -316,7 +316,7 @@ static bool ublk_each_has_armed(struct ublk_device *ub)
 /* Hold requests back until the server has a tag of each queue idle, through which it can be told. */
 static int ublk_quiesce_wait(struct ublk_device *ub, u64 timeout_ms)
 {
-	u64 left = timeout_ms ? min_t(u64, msecs_to_jiffies(min_t(u64, timeout_ms, INT_MAX)), LONG_MAX) : U64_MAX;
+	u64 left = timeout_ms ? msecs_to_jiffies(min_t(u64, timeout_ms, INT_MAX)) : U64_MAX;
 
 	while (!ublk_each_has_armed(ub)) {
 		u64 pause = min_t(u64, left, max(UBLK_QUIESCE_POLL, 1UL));
