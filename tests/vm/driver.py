@@ -86,7 +86,8 @@ def _make(headers: Headers, directory: Path) -> list[str]:
     if not headers.chroot:
         return ["make", "-C", str(headers.kdir), f"M={directory}", "modules"]
     # mounts of its own, which go with it
-    script = 'mount -t proc proc "$1/proc" && mount --bind "$2" "$1/build" && exec chroot "$1" make -C "$3" M=/build modules'
+    mounts = 'mount -t proc proc "$1/proc" && mount --bind "$2" "$1/build"'
+    script = mounts + ' && exec chroot "$1" make -C "$3" M=/build modules'
     return ["unshare", "-m", "sh", "-c", script, "sh", str(headers.root), str(directory), str(headers.kdir)]
 
 
@@ -123,7 +124,7 @@ def _source_of(kernel: kernels.Kernel) -> apt.Source:
             continue
         if found:
             return source
-    raise VMError(f"there is no package {package} any more: `scripts/vm {kernel.name} --refresh` fetches a newer kernel")
+    raise VMError(f"there is no package {package} any more: let scripts/vm fetch a newer kernel {kernel.name}")
 
 
 def _packages(source: apt.Source, release: str) -> list[str]:
