@@ -7,7 +7,10 @@ from ublkd.control.uapi import Command
 from ublkd.errors import DriverError
 
 ROOT = "needs CAP_SYS_ADMIN: run as root"
-LOAD_DRIVER = "load the driver with `modprobe ublk_drv` (Linux 6.0 or newer, CONFIG_BLK_DEV_UBLK)"
+LOAD_DRIVER = (
+    "load the driver with `modprobe ublk_drv` (Linux 6.0 or newer, CONFIG_BLK_DEV_UBLK), "
+    "or build ours with `make -C kernel_module`"
+)
 
 _NO_DISK = "the device has no disk: it has not started, or has stopped"
 _NOT_SERVED = "not every queue is served: see what its workers say"
