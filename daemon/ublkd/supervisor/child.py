@@ -45,11 +45,11 @@ class Worker:
             for line in lines:
                 self.report.update(json.loads(line))
 
-    def is_ready(self) -> bool:
-        """Whether it has fetched its tags."""
-        if "ready" not in self.report:
+    def has_said(self, word: str) -> bool:
+        """Whether it is that far: "prepared" to fetch its tags, or "ready", having fetched them."""
+        if word not in self.report:
             self.read_status()
-        return "ready" in self.report
+        return word in self.report
 
     def reap(self, block: bool = False) -> bool:
         """True once it has exited."""

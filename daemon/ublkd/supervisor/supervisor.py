@@ -79,6 +79,7 @@ class Supervisor:
         self._crashes = CrashBudget(spec.crash_limit)
         self._exit = ExitStack()
         self._endpoint: Endpoint | None = None
+        self._gate_w = -1
         self._live = False
         self._keep_device = False
         self.recoveries = 0
@@ -208,6 +209,7 @@ class Supervisor:
     def _opened(self) -> Iterator[Callable[[int], None]]:
         """Open the device and map every queue's command buffer; gives the call that forks a queue's worker."""
         cdev = open_char(self.dev_id)
+        gate_r, self._gate_w = os.pipe2(os.O_CLOEXEC)
         cmdbufs: list[native.CommandBuffer] = []
         try:
             # In the supervisor, before the fork: the driver refuses all mappers but the first process, and a
@@ -216,21 +218,55 @@ class Supervisor:
                 cmdbufs.append(native.CommandBuffer(cdev, q, self.info.depth))
             gc.collect()
             gc.freeze()  # children share the pages of what is there now
-            yield lambda qid: self._fork(qid, cdev, cmdbufs)
+            yield lambda qid: self._fork(qid, cdev, cmdbufs, gate_r)
+        except BaseException:
+            # Before the gate is closed, which would have those that wait there fetch.
+            self._end_workers()
+            raise
         finally:
             gc.unfreeze()
+            self._close_gate()
+            os.close(gate_r)
             # While we held any of it the driver would never see the device released.
             for cmdbuf in cmdbufs:
                 cmdbuf.close()
             os.close(cdev)
 
     def _spawn(self) -> None:
-        """Fork all workers."""
+        """Fork all workers, and let them fetch."""
         with self._opened() as fork:
             for q in range(self.info.queues):
                 fork(q)
+            self._open_gate()
 
-    def _fork(self, qid: int, cdev: int, cmdbufs: list[native.CommandBuffer]) -> None:
+    def _open_gate(self) -> None:
+        """Let the workers fetch, all at the same time, once each of them is up to it.
+
+        Between the first fetch and the last a device is in a state in which a worker had better not die: before
+        6.16 see _fragile; 7.2 may oops at that queue's next request. What can take its time, or fail, comes before.
+        """
+        deadline = time.monotonic() + self.spec.start_timeout
+        while late := [w for w in self.workers if not w.has_said("prepared")]:
+            dead = self._dead_worker()
+            if dead is not None:
+                raise WorkerDied(dead.obituary(), hint=dead.report.get("hint", ""))
+            if self._stop_asked() and not self._live:
+                raise StopRequested
+            if time.monotonic() >= deadline:
+                raise UblkdError(
+                    f"the workers were not ready within {self.spec.start_timeout} seconds",
+                    hint="raise --start-timeout if they only need longer",
+                )
+            self._sleep(None, deadline - time.monotonic(), [w.status_fd for w in late])
+        self._close_gate()
+
+    def _close_gate(self) -> None:
+        """The gate is a pipe, and open at its end: should the supervisor be killed, it opens too."""
+        if self._gate_w >= 0:
+            os.close(self._gate_w)
+            self._gate_w = -1
+
+    def _fork(self, qid: int, cdev: int, cmdbufs: list[native.CommandBuffer], gate_fd: int) -> None:
         status_r, status_w = os.pipe2(os.O_CLOEXEC)
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.set_blocking(status_r, False)
@@ -250,6 +286,7 @@ class Supervisor:
             target=self.target,
             status_fd=status_w,
             wake_fd=wake_fd,
+            gate_fd=gate_fd,
             supervisor_pid=me,
             close_fds=[*others, status_r, *self._wake_fds, self._mounts.fileno(), *self._other_fds()],
             control=self.ctl,
@@ -264,7 +301,8 @@ class Supervisor:
         self.workers.append(Worker(qid, pid, self.cpus[qid], status_r, wake_fd))
 
     def _other_fds(self) -> list[int]:
-        return self._endpoint.fds() if self._endpoint else []
+        gate = [self._gate_w] if self._gate_w >= 0 else []
+        return gate + (self._endpoint.fds() if self._endpoint else [])
 
     def _dead_worker(self) -> Worker | None:
         """A worker that has exited, the one with the most to say first."""
@@ -528,7 +566,8 @@ class Supervisor:
         with self._opened() as fork:
             for q in range(self.info.queues):
                 fork(q)
-            while late := [w for w in self.workers if not w.is_ready()]:
+            self._open_gate()
+            while late := [w for w in self.workers if not w.has_said("ready")]:
                 if time.monotonic() >= deadline:
                     raise UblkdError(f"the workers did not begin to serve within {self.spec.start_timeout} seconds")
                 self._sleep(None, deadline - time.monotonic(), [w.status_fd for w in late])

@@ -38,6 +38,7 @@ class WorkerPlan(NamedTuple):
     target: ControlTarget
     status_fd: int
     wake_fd: int
+    gate_fd: int
     supervisor_pid: int
     close_fds: list[int]
     control: Control
@@ -87,6 +88,9 @@ def _serve(plan: WorkerPlan) -> None:
         target=target,
         wake_fd=plan.wake_fd,
     )
+    tell(plan.status_fd, prepared=True)
+    os.read(plan.gate_fd, 1)  # to its end, which is when all workers are prepared
+    os.close(plan.gate_fd)
     queue.fetch()
     tell(plan.status_fd, ready=True)
     if plan.late_death:
