@@ -88,11 +88,13 @@ def _serve(plan: WorkerPlan) -> None:
         target=target,
         wake_fd=plan.wake_fd,
     )
-    tell(plan.status_fd, prepared=True)
+    with suppress(BrokenPipeError):  # a supervisor that was killed meanwhile has opened the gate by that
+        tell(plan.status_fd, prepared=True)
     os.read(plan.gate_fd, 1)  # to its end, which is when all workers are prepared
     os.close(plan.gate_fd)
     queue.fetch()
-    tell(plan.status_fd, ready=True)
+    with suppress(BrokenPipeError):
+        tell(plan.status_fd, ready=True)
     if plan.late_death:
         native.die_with_parent(plan.supervisor_pid)
     try:
