@@ -28,8 +28,8 @@ test: ## everything: unit, engine, test machines, our driver, faults, and integr
 	@$(MAKE) --no-print-directory test-unit
 	@$(MAKE) --no-print-directory test-engine
 	@$(MAKE) --no-print-directory test-harness
-	@$(MAKE) --no-print-directory test-driver
 	@scripts/faults storm upgrades orderings powercut many
+	@$(MAKE) --no-print-directory test-driver
 	@$(MAKE) --no-print-directory test-vm
 
 test-unit: ## seconds, without a kernel driver (TEST="-k something" or a node id)

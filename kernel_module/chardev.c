@@ -8,7 +8,7 @@
 
 #include "driver.h"
 
-static int ublk_ch_open(struct inode *inode, struct file *filp)
+static int ublk_file_open(struct inode *inode, struct file *filp)
 {
 	struct ublk_device *ub = container_of(inode->i_cdev, struct ublk_device, cdev);
 	struct ublk_file *file = kzalloc(sizeof(*file), GFP_KERNEL);
@@ -32,7 +32,7 @@ static int ublk_ch_open(struct inode *inode, struct file *filp)
 	return 0;
 }
 
-static int ublk_ch_release(struct inode *inode, struct file *filp)
+static int ublk_file_close(struct inode *inode, struct file *filp)
 {
 	struct ublk_file *file = filp->private_data;
 
@@ -42,7 +42,7 @@ static int ublk_ch_release(struct inode *inode, struct file *filp)
 }
 
 /* A process closes its descriptor, maybe because it dies. */
-static int ublk_ch_flush(struct file *filp, fl_owner_t id)
+static int ublk_file_flush(struct file *filp, fl_owner_t id)
 {
 	struct ublk_file *file = filp->private_data;
 
@@ -52,7 +52,7 @@ static int ublk_ch_flush(struct file *filp, fl_owner_t id)
 }
 
 /* The request descriptors of one queue, to be read. */
-static int ublk_ch_mmap(struct file *filp, struct vm_area_struct *vma)
+static int ublk_file_map(struct file *filp, struct vm_area_struct *vma)
 {
 	struct ublk_file *file = filp->private_data;
 	struct ublk_device *ub = file->ub;
@@ -80,13 +80,13 @@ static int ublk_ch_mmap(struct file *filp, struct vm_area_struct *vma)
 	return remap_vmalloc_range(vma, ub->queues[qid]->descs, 0);
 }
 
-const struct file_operations ublk_ch_fops = {
+const struct file_operations ublk_file_ops = {
 	.owner = THIS_MODULE,
-	.open = ublk_ch_open,
-	.release = ublk_ch_release,
-	.flush = ublk_ch_flush,
-	.mmap = ublk_ch_mmap,
-	.read_iter = ublk_ch_read_iter,
-	.write_iter = ublk_ch_write_iter,
-	.uring_cmd = ublk_ch_uring_cmd,
+	.open = ublk_file_open,
+	.release = ublk_file_close,
+	.flush = ublk_file_flush,
+	.mmap = ublk_file_map,
+	.read_iter = ublk_file_read,
+	.write_iter = ublk_file_write,
+	.uring_cmd = ublk_file_command,
 };

@@ -17,7 +17,7 @@ int ublk_check_opcode(u32 op)
 	return type == 'u' || type == 0 ? 0 : -EOPNOTSUPP;
 }
 
-static int ublk_ctrl_features(const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_features(const struct ublksrv_ctrl_cmd *cmd)
 {
 	u64 features = UBLK_FEATURES;
 
@@ -28,7 +28,7 @@ static int ublk_ctrl_features(const struct ublksrv_ctrl_cmd *cmd)
 	return 0;
 }
 
-static int ublk_ctrl_add(const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_add(const struct ublksrv_ctrl_cmd *cmd)
 {
 	void __user *answer = u64_to_user_ptr(cmd->addr);
 	struct ublksrv_ctrl_dev_info info;
@@ -51,7 +51,7 @@ static int ublk_ctrl_add(const struct ublksrv_ctrl_cmd *cmd)
 	return ublk_add(&info, answer);
 }
 
-static int ublk_ctrl_info(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_info(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
 {
 	struct ublksrv_ctrl_dev_info info;
 
@@ -65,7 +65,7 @@ static int ublk_ctrl_info(struct ublk_device *ub, const struct ublksrv_ctrl_cmd 
 	return 0;
 }
 
-static int ublk_ctrl_affinity(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_affinity(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
 {
 	unsigned int *map = ub->tag_set.map[HCTX_TYPE_DEFAULT].mq_map;
 	void __user *to = u64_to_user_ptr(cmd->addr);
@@ -89,13 +89,13 @@ static int ublk_ctrl_affinity(struct ublk_device *ub, const struct ublksrv_ctrl_
 	return err;
 }
 
-struct ublk_params_header {
+struct ublk_params_head {
 	__u32 len;
 	__u32 types;
 };
 
 /* The head of struct ublk_params: how much of it both sides know. */
-static int ublk_ctrl_params_head(const struct ublksrv_ctrl_cmd *cmd, struct ublk_params_header *head)
+static int ublk_control_params_head(const struct ublksrv_ctrl_cmd *cmd, struct ublk_params_head *head)
 {
 	if (cmd->len <= sizeof(*head) || !cmd->addr)
 		return -EINVAL;
@@ -107,11 +107,11 @@ static int ublk_ctrl_params_head(const struct ublksrv_ctrl_cmd *cmd, struct ublk
 	return 0;
 }
 
-static int ublk_ctrl_get_params(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_read_params(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
 {
-	struct ublk_params_header head;
+	struct ublk_params_head head;
 	struct ublk_params params;
-	int err = ublk_ctrl_params_head(cmd, &head);
+	int err = ublk_control_params_head(cmd, &head);
 
 	if (err)
 		return err;
@@ -128,11 +128,11 @@ static int ublk_ctrl_get_params(struct ublk_device *ub, const struct ublksrv_ctr
 	return 0;
 }
 
-static int ublk_ctrl_set_params(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
+static int ublk_control_write_params(struct ublk_device *ub, const struct ublksrv_ctrl_cmd *cmd)
 {
-	struct ublk_params_header head;
+	struct ublk_params_head head;
 	struct ublk_params params = {};
-	int err = ublk_ctrl_params_head(cmd, &head);
+	int err = ublk_control_params_head(cmd, &head);
 
 	if (err)
 		return err;
@@ -158,7 +158,7 @@ static int ublk_ctrl_set_params(struct ublk_device *ub, const struct ublksrv_ctr
 	return err;
 }
 
-static int ublk_ctrl_delete(struct ublk_device **ub, bool wait)
+static int ublk_control_delete(struct ublk_device **ub, bool wait)
 {
 	u32 id = (*ub)->id;
 	int err = ublk_delete(*ub);
@@ -219,7 +219,7 @@ static int ublk_node_mask(unsigned int nr)
  * path is then cut off. GET_DEV_INFO2, for those who don't know yet which kind
  * it is, has the path always.
  */
-static int ublk_ctrl_permission(struct ublk_device *ub, struct ublksrv_ctrl_cmd *cmd, unsigned int nr)
+static int ublk_control_permission(struct ublk_device *ub, struct ublksrv_ctrl_cmd *cmd, unsigned int nr)
 {
 	char *name;
 	int mask, err;
@@ -245,26 +245,26 @@ static int ublk_ctrl_permission(struct ublk_device *ub, struct ublksrv_ctrl_cmd 
 	return 0;
 }
 
-static int ublk_ctrl_on_device(struct ublk_device **ub, const struct ublksrv_ctrl_cmd *cmd, unsigned int nr)
+static int ublk_control_run(struct ublk_device **ub, const struct ublksrv_ctrl_cmd *cmd, unsigned int nr)
 {
 	switch (nr) {
 	case UBLK_CMD_GET_DEV_INFO:
 	case UBLK_CMD_GET_DEV_INFO2:
-		return ublk_ctrl_info(*ub, cmd);
+		return ublk_control_info(*ub, cmd);
 	case UBLK_CMD_GET_QUEUE_AFFINITY:
-		return ublk_ctrl_affinity(*ub, cmd);
+		return ublk_control_affinity(*ub, cmd);
 	case UBLK_CMD_GET_PARAMS:
-		return ublk_ctrl_get_params(*ub, cmd);
+		return ublk_control_read_params(*ub, cmd);
 	case UBLK_CMD_SET_PARAMS:
-		return ublk_ctrl_set_params(*ub, cmd);
+		return ublk_control_write_params(*ub, cmd);
 	case UBLK_CMD_START_DEV:
 		return ublk_start(*ub, (int)cmd->data[0]);
 	case UBLK_CMD_STOP_DEV:
 		return ublk_stop(*ub);
 	case UBLK_CMD_DEL_DEV:
-		return ublk_ctrl_delete(ub, true);
+		return ublk_control_delete(ub, true);
 	case _IOC_NR(UBLK_U_CMD_DEL_DEV_ASYNC):
-		return ublk_ctrl_delete(ub, false);
+		return ublk_control_delete(ub, false);
 	case UBLK_CMD_START_USER_RECOVERY:
 		return ublk_start_recovery(*ub);
 	case UBLK_CMD_END_USER_RECOVERY:
@@ -282,7 +282,7 @@ static int ublk_ctrl_on_device(struct ublk_device **ub, const struct ublksrv_ctr
 	}
 }
 
-int ublk_ctrl_uring_cmd(struct io_uring_cmd *ucmd, unsigned int issue_flags)
+int ublk_control_command(struct io_uring_cmd *ucmd, unsigned int issue_flags)
 {
 	unsigned int nr = _IOC_NR(ucmd->cmd_op);
 	struct ublksrv_ctrl_cmd cmd;
@@ -301,15 +301,15 @@ int ublk_ctrl_uring_cmd(struct io_uring_cmd *ucmd, unsigned int issue_flags)
 	if (err)
 		return err;
 	if (ucmd->cmd_op == UBLK_U_CMD_GET_FEATURES)
-		return ublk_ctrl_features(&cmd);
+		return ublk_control_features(&cmd);
 	if (nr == UBLK_CMD_ADD_DEV)
-		return ublk_ctrl_add(&cmd);
+		return ublk_control_add(&cmd);
 	ub = ublk_get_by_id(cmd.dev_id);
 	if (!ub)
 		return -ENODEV;
-	err = ublk_ctrl_permission(ub, &cmd, nr);
+	err = ublk_control_permission(ub, &cmd, nr);
 	if (!err)
-		err = ublk_ctrl_on_device(&ub, &cmd, nr);
+		err = ublk_control_run(&ub, &cmd, nr);
 	if (ub)
 		ublk_put(ub);
 	if (err > 0) {

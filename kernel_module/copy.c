@@ -125,12 +125,12 @@ static ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, int dir
 	return moved;
 }
 
-ssize_t ublk_ch_read_iter(struct kiocb *iocb, struct iov_iter *iter)
+ssize_t ublk_file_read(struct kiocb *iocb, struct iov_iter *iter)
 {
 	return ublk_user_copy(iocb, iter, ITER_DEST);
 }
 
-ssize_t ublk_ch_write_iter(struct kiocb *iocb, struct iov_iter *iter)
+ssize_t ublk_file_write(struct kiocb *iocb, struct iov_iter *iter)
 {
 	return ublk_user_copy(iocb, iter, ITER_SOURCE);
 }

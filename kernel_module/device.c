@@ -143,7 +143,7 @@ static int ublk_make_tag_set(struct ublk_device *ub)
 	struct blk_mq_tag_set *set = &ub->tag_set;
 	int err;
 
-	set->ops = &ublk_mq_ops;
+	set->ops = &ublk_blk_mq_ops;
 	set->nr_hw_queues = ub->info.nr_hw_queues;
 	set->queue_depth = ub->info.queue_depth;
 	set->numa_node = NUMA_NO_NODE;
@@ -208,7 +208,7 @@ int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer)
 	err = -EFAULT;
 	if (copy_to_user(answer, &ub->info, sizeof(ub->info)))
 		goto put;
-	cdev_init(&ub->cdev, &ublk_ch_fops);
+	cdev_init(&ub->cdev, &ublk_file_ops);
 	ub->cdev.owner = THIS_MODULE;
 	err = cdev_device_add(&ub->cdev, &ub->dev);
 	if (err)
@@ -320,7 +320,7 @@ static int ublk_start_locked(struct ublk_device *ub, int pid)
 	if (!(ub->params.types & UBLK_PARAM_TYPE_BASIC))
 		return -EINVAL;
 	seconds = READ_ONCE(ub->io_timeout);
-	/* 0 is the block layer's own: a look at what takes long, see ublk_timeout() */
+	/* 0 is the block layer's own: a look at what takes long, see ublk_request_late() */
 	ub->tag_set.timeout = min_t(unsigned int, seconds, INT_MAX / HZ) * HZ;
 	disk = ublk_alloc_disk(ub);
 	if (IS_ERR(disk))

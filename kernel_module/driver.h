@@ -195,7 +195,7 @@ extern unsigned int ublk_max_unprivileged;
 extern unsigned int ublk_default_timeout;
 
 /* control.c */
-int ublk_ctrl_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
+int ublk_control_command(struct io_uring_cmd *cmd, unsigned int issue_flags);
 int ublk_check_opcode(u32 op);
 
 /* device.c */
@@ -217,7 +217,7 @@ int ublk_params_check(struct ublk_device *ub, const struct ublk_params *params);
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub);
 
 /* queue.c */
-extern const struct blk_mq_ops ublk_mq_ops;
+extern const struct blk_mq_ops ublk_blk_mq_ops;
 int ublk_alloc_queues(struct ublk_device *ub);
 void ublk_free_queues(struct ublk_device *ub);
 void ublk_abort(struct ublk_queue *q, struct request *req, bool delivered);
@@ -226,7 +226,7 @@ void ublk_req_put(struct ublk_queue *q, struct request *req);
 void ublk_kick(struct gendisk *disk);
 
 /* io.c */
-int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags);
+int ublk_file_command(struct io_uring_cmd *cmd, unsigned int issue_flags);
 void ublk_dispatch(struct io_uring_cmd *cmd);
 void ublk_give_back(struct io_uring_cmd *cmd);
 
@@ -234,11 +234,11 @@ void ublk_give_back(struct io_uring_cmd *cmd);
 size_t ublk_copy_request(struct request *req, size_t offset, struct iov_iter *iter, int dir);
 size_t ublk_copy_to_server(struct request *req, u64 addr);
 size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes);
-ssize_t ublk_ch_read_iter(struct kiocb *iocb, struct iov_iter *iter);
-ssize_t ublk_ch_write_iter(struct kiocb *iocb, struct iov_iter *iter);
+ssize_t ublk_file_read(struct kiocb *iocb, struct iov_iter *iter);
+ssize_t ublk_file_write(struct kiocb *iocb, struct iov_iter *iter);
 
 /* chardev.c */
-extern const struct file_operations ublk_ch_fops;
+extern const struct file_operations ublk_file_ops;
 
 /* server.c */
 void ublk_server_lost(struct ublk_device *ub, struct ublk_file *file);

@@ -151,7 +151,7 @@ static void ublk_arm(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd
 }
 
 /* Under ub->lock: the last tag of the queue was fetched. */
-static void ublk_queue_ready(struct ublk_queue *q)
+static void ublk_queue_fetched(struct ublk_queue *q)
 {
 	struct ublk_device *ub = q->ub;
 
@@ -198,7 +198,7 @@ static int ublk_fetch(struct ublk_queue *q, unsigned int tag, struct io_uring_cm
 		q->owner = file;
 		ub->plain_daemon |= plain;
 		if (++q->fetched == q->depth)
-			ublk_queue_ready(q);
+			ublk_queue_fetched(q);
 	}
 unlock:
 	spin_unlock(&ub->lock);
@@ -312,7 +312,7 @@ UBLK_TASK_CALLBACK(ublk_io_cmd_in_task)
 		ublk_uring_done(cmd, res, issue_flags);
 }
 
-int ublk_ch_uring_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+int ublk_file_command(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	if (unlikely(ublk_uring_is_cancel(issue_flags))) {
 		ublk_cancel(cmd, issue_flags);

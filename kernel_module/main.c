@@ -57,16 +57,16 @@ struct class ublk_class = {
 	.dev_groups = ublk_groups,
 };
 
-static const struct file_operations ublk_ctrl_fops = {
+static const struct file_operations ublk_control_fops = {
 	.owner = THIS_MODULE,
 	.open = nonseekable_open,
-	.uring_cmd = ublk_ctrl_uring_cmd,
+	.uring_cmd = ublk_control_command,
 };
 
-static struct miscdevice ublk_misc = {
+static struct miscdevice ublk_control_device = {
 	.minor = MISC_DYNAMIC_MINOR,
 	.name = "ublk-control",
-	.fops = &ublk_ctrl_fops,
+	.fops = &ublk_control_fops,
 };
 
 static const struct file_operations ublk_probe_fops = {
@@ -91,7 +91,7 @@ static int ublk_check_alone(void)
 
 	if (err)
 		return err;
-	other = class_find_device_by_name(probe.this_device->class, ublk_misc.name);
+	other = class_find_device_by_name(probe.this_device->class, ublk_control_device.name);
 	misc_deregister(&probe);
 	if (!other)
 		return 0;
@@ -100,7 +100,7 @@ static int ublk_check_alone(void)
 	return -EEXIST;
 }
 
-static int __init ublk_init(void)
+static int __init ublk_load(void)
 {
 	int err;
 
@@ -116,7 +116,7 @@ static int __init ublk_init(void)
 	err = class_register(&ublk_class);
 	if (err)
 		goto free_region;
-	err = misc_register(&ublk_misc);
+	err = misc_register(&ublk_control_device);
 	if (err)
 		goto free_class;
 	return 0;
@@ -131,17 +131,17 @@ free_wq:
 }
 
 /* Devices pin the module until DEL_DEV; what may still go on is the end of one that was deleted. */
-static void __exit ublk_exit(void)
+static void __exit ublk_unload(void)
 {
-	misc_deregister(&ublk_misc);
+	misc_deregister(&ublk_control_device);
 	ublk_wait_for_devices();
 	destroy_workqueue(ublk_wq);
 	class_unregister(&ublk_class);
 	unregister_chrdev_region(ublk_devt, UBLK_MAX_DEVICES);
 }
 
-module_init(ublk_init);
-module_exit(ublk_exit);
+module_init(ublk_load);
+module_exit(ublk_unload);
 
 #if !IS_ENABLED(CONFIG_BLK_DEV_UBLK)
 /* Where the kernel has no ublk, programs that load ublk_drv get this one. */

@@ -113,7 +113,7 @@ static blk_status_t ublk_divert(struct ublk_queue *q, struct request *req)
 	return park ? BLK_STS_OK : ublk_no_server(ub);
 }
 
-static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx, const struct blk_mq_queue_data *bd)
+static blk_status_t ublk_take_request(struct blk_mq_hw_ctx *hctx, const struct blk_mq_queue_data *bd)
 {
 	struct ublk_queue *q = hctx->driver_data;
 	struct request *req = bd->rq;
@@ -150,7 +150,7 @@ static blk_status_t ublk_queue_rq(struct blk_mq_hw_ctx *hctx, const struct blk_m
  * to keep others waiting; for the rest it is as the administrator wants it.
  * Its death then takes care of the request.
  */
-static enum blk_eh_timer_return ublk_timeout(struct request *req)
+static enum blk_eh_timer_return ublk_request_late(struct request *req)
 {
 	struct ublk_queue *q = req->mq_hctx->driver_data;
 	struct ublk_device *ub = q->ub;
@@ -170,7 +170,7 @@ static enum blk_eh_timer_return ublk_timeout(struct request *req)
 	return BLK_EH_RESET_TIMER;
 }
 
-static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *driver_data, unsigned int index)
+static int ublk_bind_hctx(struct blk_mq_hw_ctx *hctx, void *driver_data, unsigned int index)
 {
 	struct ublk_device *ub = driver_data;
 
@@ -178,10 +178,10 @@ static int ublk_init_hctx(struct blk_mq_hw_ctx *hctx, void *driver_data, unsigne
 	return 0;
 }
 
-const struct blk_mq_ops ublk_mq_ops = {
-	.queue_rq = ublk_queue_rq,
-	.init_hctx = ublk_init_hctx,
-	.timeout = ublk_timeout,
+const struct blk_mq_ops ublk_blk_mq_ops = {
+	.queue_rq = ublk_take_request,
+	.init_hctx = ublk_bind_hctx,
+	.timeout = ublk_request_late,
 };
 
 /* An answer to the request. What the server says is not believed. */

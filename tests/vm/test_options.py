@@ -151,3 +151,10 @@ def test_integration_runs_named_tests_instead_of_all() -> None:
     named = integration.command("6.12", Path("logs"), ["tests/integration/test_a.py::test_b"])
     assert named[-1] == "tests/integration/test_a.py::test_b"
     assert "tests/integration" not in named
+
+
+def test_integration_runs_on_another_driver() -> None:
+    module = Path("build/driver/x/ublkd_drv.ko")
+    command = integration.command("6.1", Path("logs"), [], module)
+    assert f"--module={module}" in command[: command.index("--")]
+    assert not [word for word in integration.command("6.1", Path("logs"), []) if word.startswith("--module")]
