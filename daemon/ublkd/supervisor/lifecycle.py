@@ -326,9 +326,11 @@ def recover(dev_id: int, background: bool = True) -> str:
     if record.get("failed"):
         raise UblkdError(f"device {dev_id} failed: {record['failed']}", hint=f"`ublkd del {dev_id}` removes it")
     spec = _spec_of(record)
+    origin = record.get("origin")
+    origin = origin if isinstance(origin, dict) and isinstance(origin.get("given"), dict) else None
     if background:
-        return run_background(spec, recover_id=dev_id)
-    run_foreground(spec, recover_id=dev_id)
+        return run_background(spec, recover_id=dev_id, origin=origin)
+    run_foreground(spec, recover_id=dev_id, origin=origin)
     path: str = record["path"]
     return path
 

@@ -643,10 +643,7 @@ class Supervisor:
             except StopRequested:
                 raise
             except Exception as e:
-                # Whatever a request brings, who serves a disk goes on; without workers there is nothing to go on with.
-                error = e if isinstance(e, UblkdError) else UblkdError(f"{type(e).__name__}: {e}", "this is a fault")
-                self.log.error("not upgraded", reason=error.message, exc_info=error is not e)
-                request.refuse(error)
+                request.refuse(self._not_upgraded(e))
                 if not self.workers:
                     raise
             if self.successor:
@@ -656,11 +653,19 @@ class Supervisor:
             self._signals = [s for s in self._signals if s != signal.SIGHUP]
             try:
                 self._upgrade(self._reread())
-            except UblkdError as e:
-                self.log.error("not upgraded", reason=e.message)
+            except StopRequested:
+                raise
+            except Exception as e:
+                self._not_upgraded(e)
                 if not self.workers:
                     raise
         return asked
+
+    def _not_upgraded(self, e: Exception) -> UblkdError:
+        """Whatever an upgrade dies of, who serves a disk goes on; without workers there is nothing to go on with."""
+        error = e if isinstance(e, UblkdError) else UblkdError(f"{type(e).__name__}: {e}", "this is a fault of ublkd")
+        self.log.error("not upgraded", reason=error.message, exc_info=error is not e)
+        return error
 
     def _changed(self, settings: object) -> DeviceSpec:
         """Our spec with these settings."""
