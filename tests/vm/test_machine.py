@@ -34,7 +34,13 @@ def vm(*arguments: str) -> subprocess.CompletedProcess[str]:
 def started(*arguments: str) -> subprocess.Popen[str]:
     """Start scripts/vm with a command that prints a line first, and return once that is seen."""
     process = subprocess.Popen(
-        [VM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [VM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with the interrupt ignored, these tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout and process.stdout.readline(), process.communicate()[1]
     return process
