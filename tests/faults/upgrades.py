@@ -125,7 +125,7 @@ def prove(count: int, rng: random.Random, image: Path) -> dict[str, Any]:
             if number % 10 == 9:
                 print(f"{number + 1} of {count} upgrades", flush=True)
             time.sleep(rng.uniform(0, 0.5))
-        load.finish()
+        load.finish(leaks.stacks)
         base.finish()
     finally:
         load._stop.set()
