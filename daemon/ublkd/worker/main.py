@@ -97,11 +97,15 @@ def _serve(plan: WorkerPlan) -> None:
         tell(plan.status_fd, ready=True)
     if plan.late_death:
         native.die_with_parent(plan.supervisor_pid)
+    ended = native.RUN_WAKE
     try:
-        while queue.run() == native.RUN_WAKE:
-            pass
+        while ended == native.RUN_WAKE:
+            ended = queue.run()
     finally:
-        queue.close()
+        # With commands still in the driver the ring is left to the end of this process. Closed before, it would be
+        # torn down by a kernel thread beside that, for which 6.12 has panicked (io_ring_exit_work).
+        if ended == native.RUN_DONE:
+            queue.close()
         target.close()
 
 
