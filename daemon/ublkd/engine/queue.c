@@ -358,8 +358,9 @@ int ublkd_queue_fetch(struct ublkd_queue *q)
 	/* Submitted in one call, which no signal interrupts: a worker that is killed has fetched all of its tags or none. */
 	ublkd_stat_set(&q->shm->fetched, 1);
 	ret = q->tp->arm(q);
-	if (!ret)
-		ret = io_uring_submit(&q->ring);
+	if (ret < 0)
+		return ret;
+	ret = io_uring_submit(&q->ring);
 	if (ret < 0)
 		return ublkd_error(ret, "queue %u: cannot fetch: %s", q->p.qid, strerror(-ret));
 	ublkd_stat_set(&q->shm->fetched, 2);

@@ -787,17 +787,12 @@ class Supervisor:
 
     def _roll_back(self) -> None:
         """Serve again what a successor failed to."""
-        while True:
-            try:
-                self.target.open(self.dev_id)
-                self._replace_server(planned=True)
-                return
-            except WorkerDied as e:
-                self.log.error("recovery failed", reason=e.message)
-                pause = self._crashes.died()
-                if pause is None:
-                    raise self._give_up() from None
-                self._sleep(None, pause)
+        self.target.open(self.dev_id)
+        try:
+            self._replace_server(planned=True)
+        except WorkerDied as e:
+            self.log.error("recovery failed", reason=e.message)
+            self._recover()
 
     # The end
 
