@@ -106,6 +106,13 @@ class CommandBuffer:
             self.ptr = None
 
 
+class NoCommands:
+    """In the place of a command buffer, for a queue that is only fetched."""
+
+    def __init__(self, depth: int) -> None:
+        self.ptr: Any = ffi.new("char[]", depth * 24)  # struct ublksrv_io_desc
+
+
 class EngineTarget:
     """A target of the engine. keep holds what its C side points to."""
 
@@ -181,7 +188,7 @@ class Queue:
         max_io_bytes: int,
         transport: int,
         dev_bytes: int,
-        cmdbuf: CommandBuffer,
+        cmdbuf: CommandBuffer | NoCommands,
         shm: Any,
         target: EngineTarget,
         wake_fd: int = -1,

@@ -317,7 +317,7 @@ def test_a_deleted_file_is_served_to_the_end(
     backing.unlink()
     old = device.workers()
     os.kill(old[1], 9)
-    wait_until(lambda: not set(old) & set(device.workers()), "the workers are replaced")
+    device.await_replacement(old, old[1])
     assert direct(device.path, MIB) == BLOCK
     direct(device.path, 2 * MIB, BLOCK)
     assert flush(device.path) == 0

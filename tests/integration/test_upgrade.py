@@ -68,6 +68,7 @@ def upgrade(device: Device, *options: object) -> dict[str, Any]:
 
 
 def make(target: str, serve: Callable[..., Device], image: Callable[..., Path], **settings: Any) -> Device:
+    settings.setdefault("start_timeout", 120)  # a new version is a new Python, with fio beside it
     if target == "loop":
         return serve("loop", image(SIZE), **settings)
     file = f"{HERE}/lib/targets.py:Disk" if target == "python" else None

@@ -355,6 +355,7 @@ def test_missing_control_node() -> None:
         (AddRequest(flags=uapi.F_USER_RECOVERY_REISSUE), "recovery"),
         (AddRequest(flags=7 << 3 | uapi.F_USER_RECOVERY_FAIL_IO), "recovery"),
         (AddRequest(flags=uapi.F_QUIESCE), "QUIESCE needs USER_RECOVERY"),
+        (AddRequest(flags=uapi.F_SHARDS), "SHARDS needs USER_RECOVERY"),
         (AddRequest(flags=uapi.F_ZONED), "ZONED needs SUPPORT_ZERO_COPY or USER_COPY"),
         (AddRequest(flags=uapi.F_INTEGRITY), "INTEGRITY needs USER_COPY"),
     ],

@@ -34,6 +34,7 @@ OPCODES = {
     "TRY_STOP_DEV": 0xC0207517,
     "REG_BUF": 0xC0207518,
     "UNREG_BUF": 0xC0207519,
+    "GET_QUEUE_STATES": 0x80207560,
 }
 IO_OPCODES = {
     "FETCH_REQ": 0xC0107520,
@@ -51,6 +52,8 @@ LAYOUT = {
     "CTRL_CMD.size": "sizeof(struct ublksrv_ctrl_cmd)",
     "DEV_INFO.size": "sizeof(struct ublksrv_ctrl_dev_info)",
     "SHMEM_BUF_REG.size": "sizeof(struct ublk_shmem_buf_reg)",
+    "QUEUE_STATE.size": "sizeof(struct ublk_queue_state)",
+    "QUEUE_ORPHANED": "UBLK_QUEUE_ORPHANED",
     "PARAMS_BYTES": "sizeof(struct ublk_params)",
     "BASIC.size": "sizeof(struct ublk_param_basic)",
     "DISCARD.size": "sizeof(struct ublk_param_discard)",

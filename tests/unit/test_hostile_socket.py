@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from ublkd.config.schema import SETTINGS, DeviceSpec
 from ublkd.errors import UblkdError
-from ublkd.supervisor import endpoint, lifecycle
+from ublkd.supervisor import endpoint, upgrades
 from ublkd.supervisor.endpoint import Endpoint
-from ublkd.supervisor.supervisor import Supervisor
 
 BODIES = st.fixed_dictionaries(
     {"protocol": st.sampled_from([1, 1, 1, 2, "1", None])}, optional={"op": JSON, "settings": JSON, "python": JSON}
@@ -69,12 +68,11 @@ def test_messages(served: Endpoint, body: dict[str, Any]) -> None:
     | st.dictionaries(st.sampled_from(list(SETTINGS)), JSON, max_size=3)
     | st.dictionaries(st.sampled_from([n for n, s in SETTINGS.items() if s.scope == "hot"]), JSON, max_size=3)
 )
-def test_settings(changed: Any) -> None:
+def test_settings(settings: Any) -> None:
     """Either refused, or only what a live device may change is changed, to a value that is good for it."""
     spec = DeviceSpec(target="null", queues=2)
-    supervisor = Supervisor(spec, lifecycle.make_target(spec))
     try:
-        new = supervisor._changed(changed)
+        new = upgrades.changed(spec, settings)
     except UblkdError:
         return
     for name, setting in SETTINGS.items():

@@ -71,12 +71,28 @@ class AddRequest(NamedTuple):
             )
         for flag, needs in (
             (uapi.F_QUIESCE, uapi.F_USER_RECOVERY),
+            (uapi.F_SHARDS, uapi.F_USER_RECOVERY),
             (uapi.F_INTEGRITY, uapi.F_USER_COPY),
             (uapi.F_ZONED, uapi.F_USER_COPY | uapi.F_SUPPORT_ZERO_COPY),
         ):
             if self.flags & flag and not self.flags & needs:
                 wanted = " or ".join(uapi.flag_names(needs))
                 raise UsageError(f"flag {uapi.flag_names(flag)[0]} needs {wanted}")
+
+
+class QueueState(NamedTuple):
+    """A queue of a device with shards: its server's pid or -1, how many it has had, what that one has in hand."""
+
+    state: int
+    pid: int
+    generation: int
+    fetched: int
+    inflight: int
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Nobody serves it, and whoever fetches its tags does so from then on."""
+        return self.state == uapi.QUEUE_ORPHANED
 
 
 class DeviceInfo(NamedTuple):
@@ -314,6 +330,12 @@ class Control:
     def unreg_buf(self, dev_id: int, index: int) -> None:
         """Give a shared buffer back."""
         self._run(Command.UNREG_BUF, dev_id, data0=index)
+
+    def queue_states(self, dev_id: int, queues: int) -> list[QueueState]:
+        """Who serves each queue of a device with F_SHARDS."""
+        buf = bytearray(uapi.QUEUE_STATE.size * queues)
+        self._run(Command.GET_QUEUE_STATES, dev_id, buf)
+        return [QueueState(*fields) for fields in uapi.QUEUE_STATE.iter_unpack(buf)]
 
     # How a command gets to the driver
 

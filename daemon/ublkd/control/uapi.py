@@ -36,6 +36,7 @@ class Command(IntEnum):
     TRY_STOP_DEV = 0x17
     REG_BUF = 0x18
     UNREG_BUF = 0x19
+    GET_QUEUE_STATES = 0x60  # ublkd's own driver
 
 
 _IOC_WRITE, _IOC_READ = 1, 2
@@ -47,11 +48,15 @@ _READ_ONLY = {
     Command.GET_DEV_INFO2,
     Command.GET_FEATURES,
     Command.DEL_DEV_ASYNC,
+    Command.GET_QUEUE_STATES,
 }
 
 CTRL_CMD = Struct("=IHHQQHHI")
 DEV_INFO = Struct("=HHHHIIiIQQIIQQ")
 SHMEM_BUF_REG = Struct("=QQII")
+QUEUE_STATE = Struct("=IiIHH")
+
+QUEUE_ORPHANED = 0  # the first of ublk_queue_state's states
 
 # struct ublk_params: a header, then these at fixed offsets.
 PARAMS_BYTES = 152

@@ -70,6 +70,10 @@ class Worker:
             return f"worker of queue {self.qid} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
         return f"worker of queue {self.qid} exited with status {code}"
 
+    def death(self) -> WorkerDied:
+        """The same as an error."""
+        return WorkerDied(self.obituary(), hint=self.report.get("hint", ""))
+
     def ping(self) -> None:
         """Have it make a pass."""
         self.wake(native.WAKE_PING)

@@ -80,7 +80,8 @@ def _recovery_flags(spec: DeviceSpec, target: ControlTarget, features: Features)
             f"--on-crash {policy} needs a driver with {flag} (Linux {uapi.FLAGS[flag].since})",
             hint="`ublkd features` lists what this driver has",
         )
-    return uapi.F_USER_RECOVERY | uapi.FLAGS[flag].value | (uapi.F_QUIESCE if features.has("QUIESCE") else 0)
+    more = [name for name in ("QUIESCE", "SHARDS") if features.has(name)]
+    return uapi.F_USER_RECOVERY | sum(uapi.FLAGS[name].value for name in (flag, *more))
 
 
 def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, features: Features) -> int:

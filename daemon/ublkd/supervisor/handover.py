@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ublkd.errors import UblkdError
 from ublkd.supervisor.endpoint import MAX_BYTES
@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 
 MODULE = "ublkd.supervisor.successor"
 _END_S = 5.0
-
-
-class Upgraded(NamedTuple):
-    """A confirmed handover."""
-
-    pid: int
-    version: str
-    pause_s: float
 
 
 def send(channel: socket.socket, **message: object) -> None:

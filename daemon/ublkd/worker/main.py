@@ -33,7 +33,7 @@ class WorkerPlan(NamedTuple):
     max_io_bytes: int
     transport: int
     dev_bytes: int
-    cmdbufs: list[native.CommandBuffer]
+    cmdbufs: dict[int, native.CommandBuffer]
     shm: Any
     target: ControlTarget
     status_fd: int
@@ -42,7 +42,6 @@ class WorkerPlan(NamedTuple):
     supervisor_pid: int
     close_fds: list[int]
     control: Control
-    late_death: bool  # outlive the supervisor until the tags are fetched
 
 
 def tell(fd: int, **message: object) -> None:
@@ -52,8 +51,7 @@ def tell(fd: int, **message: object) -> None:
 
 def _settle(plan: WorkerPlan) -> None:
     """Become a worker: own signals, own CPU, nothing of the others' left open."""
-    if not plan.late_death:
-        native.die_with_parent(plan.supervisor_pid)
+    native.die_with_parent(plan.supervisor_pid)
     # The supervisor decides when to go; a Ctrl-C at the terminal reaches us too.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(sig, signal.SIG_IGN)
@@ -64,7 +62,7 @@ def _settle(plan: WorkerPlan) -> None:
         os.close(fd)
     plan.control.close()
     # A mapping of another queue would keep the device from being released when its worker has died.
-    for qid, cmdbuf in enumerate(plan.cmdbufs):
+    for qid, cmdbuf in plan.cmdbufs.items():
         if qid != plan.qid:
             cmdbuf.close()
     os.sched_setaffinity(0, {plan.cpu})
@@ -88,15 +86,11 @@ def _serve(plan: WorkerPlan) -> None:
         target=target,
         wake_fd=plan.wake_fd,
     )
-    with suppress(BrokenPipeError):  # a supervisor that was killed meanwhile has opened the gate by that
-        tell(plan.status_fd, prepared=True)
+    tell(plan.status_fd, prepared=True)
     os.read(plan.gate_fd, 1)  # to its end, which is when all workers are prepared
     os.close(plan.gate_fd)
     queue.fetch()
-    with suppress(BrokenPipeError):
-        tell(plan.status_fd, ready=True)
-    if plan.late_death:
-        native.die_with_parent(plan.supervisor_pid)
+    tell(plan.status_fd, ready=True)
     ended = native.RUN_WAKE
     try:
         while ended == native.RUN_WAKE:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lib.tools import wait_until
+from lib.tools import has, wait_until
 from ublkd import inventory, supervisor
 from ublkd.config.schema import DeviceSpec
 from ublkd.shm import reader
@@ -61,6 +61,12 @@ class Device:
     def workers(self) -> list[int]:
         """Pids, by queue."""
         return [worker["pid"] for worker in sorted(self.record["workers"], key=lambda worker: worker["queue"])]
+
+    def await_replacement(self, old: list[int], victim: int) -> None:
+        """The dead worker of these has a successor: it alone where queues have servers of their own, else all."""
+        replaced = {victim} if has("SHARDS") else set(old)
+        wait_until(lambda: not replaced & set(self.workers()), "the workers are replaced")
+        assert set(old) - replaced <= set(self.workers()), "a worker was ended that nothing was wrong with"
 
     def snapshot(self) -> dict[str, Any]:
         """Counters."""
