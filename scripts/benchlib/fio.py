@@ -23,6 +23,7 @@ class Cell(NamedTuple):
     rw: str
     size: str
     depth: int
+    extra: tuple[str, ...] = ()  # more lines for fio's job
 
 
 CELLS = (
@@ -34,7 +35,9 @@ CELLS = (
 )
 
 
-def job_file(device: str, span: int, milliseconds: int, pids: list[int]) -> str:
+def job_file(
+    device: str, span: int, milliseconds: int, pids: list[int], cells: tuple[Cell, ...] = CELLS
+) -> str:
     """fio's instructions. Servers' CPU time around each job goes to KEY.prerun.txt and KEY.postrun.txt."""
     lines = [
         "[global]",
@@ -49,9 +52,9 @@ def job_file(device: str, span: int, milliseconds: int, pids: list[int]) -> str:
         "stonewall",
     ]
     # the programs' own pages have to come in before anything is counted
-    for cell in (CELLS[0], CELLS[-1]):
+    for cell in (cells[0], cells[-1]):
         lines += _job(cell._replace(key=WARM_UP), max(milliseconds // 8, 20))
-    for cell in CELLS:
+    for cell in cells:
         lines += _job(cell, milliseconds)
         if pids:
             command = processes.cpu_command(pids)
@@ -66,17 +69,26 @@ def _job(cell: Cell, milliseconds: int) -> list[str]:
         f"bs={cell.size}",
         f"iodepth={cell.depth}",
         f"runtime={milliseconds}ms",
+        *cell.extra,
     ]
 
 
 def measure(
-    device: str, span: int, milliseconds: int, pids: list[int], directory: Path
+    device: str,
+    span: int,
+    milliseconds: int,
+    pids: list[int],
+    directory: Path,
+    cells: tuple[Cell, ...] = CELLS,
 ) -> dict[str, dict[str, Any]]:
     """One sample per cell, by its key. directory is for fio's files."""
     jobs, output = directory / "cells.fio", directory / "fio.json"
-    jobs.write_text(job_file(device, span, milliseconds, pids))
+    jobs.write_text(job_file(device, span, milliseconds, pids, cells))
+    options = ["--output-format=json", f"--output={output}"]
+    if all("write" not in cell.rw for cell in cells):
+        options.append("--readonly")
     # fio writes the output of its commands to the current directory
-    run("env", "-C", directory, "fio", "--output-format=json", f"--output={output}", jobs, timeout=FIO_S)
+    run("env", "-C", directory, "fio", *options, jobs, timeout=FIO_S)
     samples = parse(output.read_text())
     for key, sample in samples.items():
         if pids:
