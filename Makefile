@@ -76,7 +76,7 @@ bench: ## measure: see docs
 
 lint: ## ruff and mypy
 	@scripts/setup lint
-	.venv/bin/ruff check daemon tests scripts/vm
+	.venv/bin/ruff check daemon tests scripts/vm scripts/tune scripts/tunelib
 	.venv/bin/mypy
 
 clean: ## remove what was built, not the cached kernels
