@@ -101,8 +101,11 @@ def read_record(dev_id: int) -> dict[str, Any] | None:
 
 
 def remove_record(dev_id: int) -> None:
-    """Remove it, if it is there."""
-    _unlink(record_path(dev_id))
+    """Remove it, if it is there, and what a process that was killed had not finished: records and sockets to be."""
+    path = record_path(dev_id)
+    unfinished = [*glob.glob(f"{glob.escape(path)}.*.new"), *glob.glob(f"{glob.escape(runtime_dir())}/{dev_id}.sock.*")]
+    for each in (path, *unfinished):
+        _unlink(each)
 
 
 def records() -> list[dict[str, Any]]:

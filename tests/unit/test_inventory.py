@@ -271,6 +271,15 @@ def test_record_of_a_previous_boot(world: World) -> None:
     assert [e["note"] for e in inventory.devices()] == [None]
 
 
+def test_remove_what_a_killed_process_did_not_finish(world: World) -> None:
+    world.record(1)
+    others = [world.run / name for name in ("11.json", "11.json.5.new", "21.sock.5")]
+    for path in (*others, world.run / "1.json.77.new", world.run / "1.sock.78"):
+        path.write_text("{")
+    inventory.remove_record(1)
+    assert sorted(world.run.iterdir()) == sorted(others)
+
+
 def test_remove_what_is_only_a_record(world: World) -> None:
     data = world.shm / "ublkd-1.data"
     kept = world.shm / "ublkd-10"
