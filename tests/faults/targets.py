@@ -2,29 +2,14 @@
 """Python targets for the proofs: one that is right, and some that break their word, to see that it is noticed."""
 
 import os
+import sys
+from pathlib import Path
 
 import ublkd
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
 
-class Disk(ublkd.Target):
-    """A RAM disk for any number of queues, whose contents survive any worker."""
-
-    multiprocess = True
-    fua = True
-
-    def prepare(self, spec):
-        self.data = spec.shared(spec.size)
-
-    def read(self, req):
-        req.copy_from(self.data)
-
-    def write(self, req):
-        req.copy_to(self.data)
-
-    def flush(self, req):
-        pass
-
-    discard = write_zeroes = write
+from lib.targets import Disk
 
 
 class Forgetful(Disk):

@@ -4,30 +4,26 @@
 import errno
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import ublkd
 
+sys.path.append(str(Path(__file__).resolve().parents[3] / "configs" / "examples"))
 
-class Disk(ublkd.Target):
-    """A RAM disk that any number of queues serve, with every operation there is."""
+from ram_disk import RamDisk
 
-    multiprocess = True
+
+class Disk(RamDisk):
+    """The example, with every operation there is."""
+
     fua = True
-
-    def prepare(self, spec):
-        self.data = spec.shared(spec.size)
-
-    def read(self, req):
-        req.copy_from(self.data)
-
-    def write(self, req):
-        req.copy_to(self.data)
 
     def flush(self, req):
         pass
 
-    discard = write_zeroes = write
+    discard = RamDisk.write
 
 
 class Batches(Disk):
