@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import signal
@@ -26,6 +25,7 @@ from lib import disks, leaks
 from lib.tools import MIB, fio_command, fio_result
 
 from faults import command, watch
+from faults.report import Failure, KernelErrors, Report, arguments
 from ublkd import inventory
 
 TARGETS = Path(__file__).with_name("targets.py")
@@ -43,10 +43,6 @@ SUBJECTS: dict[str, list[str]] = {
 }
 # Breaks its word: shows that this program would notice.
 BROKEN = {"forgetful": ["python", f"{TARGETS}:Forgetful", "--size", str(SIZE)]}
-
-
-class Failure(Exception):
-    """What the storm is there to find."""
 
 
 class Load:
@@ -427,9 +423,8 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Entry point."""
-    parse = argparse.ArgumentParser(description=__doc__)
+    parse = arguments(__doc__)
     parse.add_argument("--kills", type=int, default=15)
-    parse.add_argument("--seed", type=int, default=1)
     parse.add_argument("--rate", type=int, default=40, help="fio's requests per second and queue")
     parse.add_argument("--job-mib", type=int, default=1, help="what fio writes on a queue before it verifies")
     parse.add_argument("--steady", type=int, default=0, help="more kills, of one supervisor's workers")
@@ -437,52 +432,37 @@ def main() -> int:
     parse.add_argument("--self-check", action="store_true", help="see first that a bad server is caught")
     parse.add_argument("--minutes", type=float, default=600, help="kill for at most this long")
     parse.add_argument("--subjects", default=",".join(SUBJECTS))
-    parse.add_argument("--out", type=Path)
     options = parse.parse_args()
     [disk, *_] = disks.names()
-    directory = disks.Scratch(disk).directory()
+    image = disks.Scratch(disk).directory() / "disk.img"
     subjects = {name: {**SUBJECTS, **BROKEN}[name] for name in options.subjects.split(",")}
-    report: dict[str, Any] = {
-        "what": "kill storm",
-        "kernel": os.uname().release,
-        "seed": options.seed,
-        "cpus": os.cpu_count(),
-        "queues": QUEUES,
-        "subjects": [],
-        "failure": "",
-    }
-    print(f"kill storm on kernel {report['kernel']}, seed {options.seed}", flush=True)
-    log = leaks.KernelLog()
-    began = watch.now()
+    report = Report("kill storm", options, queues=QUEUES, subjects=[])
+    errors = KernelErrors()
     left = options.kills
-    try:
+    with report.failing_on(Failure, AssertionError):
         if options.self_check:
-            caught = ""
-            try:
-                storm("forgetful", BROKEN["forgetful"], options, directory / "disk.img", 0)
-            except Failure as e:
-                caught = str(e)
-            if "fio ended with" not in caught:
-                raise Failure(f"a server that forgets writes was not caught: {caught}")
-            log.news()
-            print("self-check: a server that forgets writes is caught", flush=True)
+            see_the_liar(options, image)
+            errors.forget()
         for number, (name, words) in enumerate(subjects.items()):
             share = left // (len(subjects) - number)
             left -= share
-            report["subjects"].append(storm(name, words, options, directory / "disk.img", share))
-            errors = [line for line in log.news() if "I/O error" in line or "lost async page write" in line]
-            if errors:
-                raise Failure("the kernel saw " + "; ".join(errors[:5]))
-    except (Failure, AssertionError) as e:
-        report["failure"] = f"FAILED: {e}"
-    report["seconds"] = round(watch.now() - began, 1)
+            report["subjects"].append(storm(name, words, options, image, share))
+            errors.check()
     report["kills"] = sum(account["kills"] for account in report["subjects"])
     report["verified_bytes"] = sum(account["verified_bytes"] for account in report["subjects"])
-    print(table(report), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(report) + "\n")
-        options.out.with_suffix(".txt").write_text(table(report) + "\n")
-    return 1 if report["failure"] else 0
+    return report.finish(table)
+
+
+def see_the_liar(options: argparse.Namespace, image: Path) -> None:
+    """Failure unless a server that forgets writes is caught."""
+    caught = ""
+    try:
+        storm("forgetful", BROKEN["forgetful"], options, image, 0)
+    except Failure as e:
+        caught = str(e)
+    if "fio ended with" not in caught:
+        raise Failure(f"a server that forgets writes was not caught: {caught}")
+    print("self-check: a server that forgets writes is caught", flush=True)
 
 
 if __name__ == "__main__":

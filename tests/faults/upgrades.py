@@ -8,10 +8,7 @@ transaction lost, nothing left behind. Prints the pauses, and writes them as JSO
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import os
 import random
 import sqlite3
 import subprocess
@@ -25,7 +22,8 @@ from lib import disks, leaks
 from lib.tools import MIB
 
 from faults import command, watch
-from faults.storm import QUEUES, SIZE, Failure, Load, spread
+from faults.report import Failure, KernelErrors, Report, arguments
+from faults.storm import QUEUES, SIZE, Load, spread
 from ublkd import inventory, supervisor
 
 # A new Python takes its time on an emulated CPU that the load has to itself.
@@ -171,35 +169,17 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Entry point."""
-    parse = argparse.ArgumentParser(description=__doc__)
+    parse = arguments(__doc__)
     parse.add_argument("--upgrades", type=int, default=6)
-    parse.add_argument("--seed", type=int, default=1)
-    parse.add_argument("--out", type=Path)
     options = parse.parse_args()
     [disk, *_] = disks.names()
-    report: dict[str, Any] = {
-        "what": "upgrades under load",
-        "kernel": os.uname().release,
-        "seed": options.seed,
-        "cpus": os.cpu_count(),
-        "failure": "",
-    }
-    log = leaks.KernelLog()
-    began = watch.now()
-    try:
+    report = Report("upgrades under load", options)
+    errors = KernelErrors()
+    with report.failing_on(Exception):
         image = disks.Scratch(disk).directory() / "disk.img"
         report |= prove(options.upgrades, random.Random(options.seed), image)
-        errors = [line for line in log.news() if "I/O error" in line or "lost async page write" in line]
-        if errors:
-            raise Failure("the kernel saw " + "; ".join(errors[:5]))
-    except Exception as e:
-        report["failure"] = f"FAILED: {type(e).__name__}: {e}"
-        leaks.clean()
-    report["seconds"] = round(watch.now() - began, 1)
-    print(table(report), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(report) + "\n")
-    return 1 if report["failure"] else 0
+        errors.check()
+    return report.finish(table)
 
 
 if __name__ == "__main__":
