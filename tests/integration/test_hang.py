@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,24 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lib.device import Device
-from lib.tools import MIB, pread, read, sh, wait_until
+from lib.tools import MIB, pread, sh, wait_until
 
 SIZE = 64 * MIB
 HERE = Path(__file__).resolve().parent
 
 
-def events(device: Device, name: str) -> list[dict[str, Any]]:
-    """What the supervisor logged by this name."""
-    log = [json.loads(line) for line in read(f"/run/ublkd/{device.id}.log").splitlines()]
-    return [event for event in log if event["event"] == name]
-
-
 @contextmanager
-def under_way(*argv: object) -> Iterator[subprocess.Popen[bytes]]:
+def waiting(*argv: object) -> Iterator[subprocess.Popen[bytes]]:
     """A program that waits for the disk."""
     process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
@@ -51,17 +43,17 @@ def test_python_code_that_does_not_return(policy: str, serve: Callable[..., Devi
         on_hang=policy,
     )
     [worker] = device.workers()
-    with under_way("dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct") as reader:
-        [hang] = wait_until(lambda: events(device, "worker hangs"), "the hang is seen")
+    with waiting("dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct") as reader:
+        [hang] = wait_until(lambda: device.said("worker hangs"), "the hang is seen")
         assert (hang["queue"], hang["pid"], hang["where"]) == (0, worker, "Python code")
         gate.touch()
         assert reader.wait(timeout=30) == 0
     if policy == "log":
         assert device.workers() == [worker]
-        wait_until(lambda: events(device, "worker came round again"), "its end is seen")
+        wait_until(lambda: device.said("worker came round again"), "its end is seen")
     else:
         wait_until(lambda: device.record["recoveries"], "the worker is replaced")
-        [died] = events(device, "worker died")
+        [died] = device.said("worker died")
         assert died["reason"] == "worker of queue 0: hung in Python code, killed"
 
 
@@ -69,10 +61,10 @@ def test_a_stopped_worker(serve: Callable[..., Device]) -> None:
     device = serve("memory", size=SIZE, queues=2, hang_timeout=1, on_hang="log")
     worker = device.workers()[1]
     os.kill(worker, signal.SIGSTOP)
-    [hang] = wait_until(lambda: events(device, "worker hangs"), "the hang is seen")
+    [hang] = wait_until(lambda: device.said("worker hangs"), "the hang is seen")
     assert (hang["queue"], hang["pid"], hang["where"]) == (1, worker, "a stop signal")
     os.kill(worker, signal.SIGCONT)
-    wait_until(lambda: events(device, "worker came round again"), "its end is seen")
+    wait_until(lambda: device.said("worker came round again"), "its end is seen")
     assert pread(device.path, 4096, MIB) == bytes(4096) and worker in device.workers()
 
 
@@ -84,7 +76,7 @@ def test_an_idle_worker_does_not_hang(serve: Callable[..., Device]) -> None:
     before = watched.word("passes")
     time.sleep(4)
     assert watched.word("passes") > before and watched.workers() == workers
-    assert not events(watched, "worker hangs") and not events(watched, "worker died")
+    assert not watched.said("worker hangs") and not watched.said("worker died")
     assert alone.word("passes") == passes
 
 
@@ -99,17 +91,17 @@ def test_a_backing_that_does_not_answer(direct: str, serve: Callable[..., Device
     try:
         sh("fsfreeze", "--freeze", mount)
         frozen = True
-        with under_way("dd", "if=/dev/zero", f"of={device.path}", "bs=4096", "count=1", "oflag=direct") as writer:
-            [said] = wait_until(lambda: events(device, "the backing does not answer"), "it is seen")
+        with waiting("dd", "if=/dev/zero", f"of={device.path}", "bs=4096", "count=1", "oflag=direct") as writer:
+            [said] = wait_until(lambda: device.said("the backing does not answer"), "it is seen")
             assert said["requests"] == 1
             time.sleep(3)
-            assert len(events(device, "the backing does not answer")) == 1
+            assert len(device.said("the backing does not answer")) == 1
             assert device.workers() == workers and writer.poll() is None
             sh("fsfreeze", "--unfreeze", mount)
             frozen = False
             assert writer.wait(timeout=30) == 0
-        wait_until(lambda: events(device, "the backing answers again"), "its end is seen")
+        wait_until(lambda: device.said("the backing answers again"), "its end is seen")
     finally:
         if frozen:
             sh("fsfreeze", "--unfreeze", mount)
-    assert not events(device, "worker hangs") and device.workers() == workers
+    assert not device.said("worker hangs") and device.workers() == workers

@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 from lib.device import Device, cli, reap
-from lib.tools import MIB, device_bytes, fio_command, fio_result, forget, has, pread, pwrite, read, wait_until
+from lib.tools import (
+    MIB,
+    device_bytes,
+    direct_reader,
+    fio_command,
+    fio_result,
+    forget,
+    has,
+    pread,
+    pwrite,
+    read,
+    wait_until,
+)
 
 from ublkd import native, supervisor
 from ublkd.control.commands import Control
@@ -143,12 +155,8 @@ def test_what_a_dead_worker_held(policy: str, serve: Callable[..., Device], tmp_
     assert device.record["on_crash"] == policy
     pwrite(device.path, b"precious" * 512, MIB)
     forget(device.path)
-    reader = subprocess.Popen(
-        ["dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct", "status=none"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    wait_until(lambda: device.word("started") > device.word("completed"), "the read is held")
+    reader = direct_reader(device.path, MIB)
+    wait_until(device.under_way, "the read is held")
     [holder] = [
         pid
         for pid, queue in zip(device.workers(), device.snapshot()["queues"], strict=True)

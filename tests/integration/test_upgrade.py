@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from lib.device import Device, cli
-from lib.tools import MIB, fio_command, forget, has, pread, pwrite, read, wait_until
+from lib.tools import MIB, direct_reader, fio_command, forget, has, pread, pwrite, read, wait_until
 
 from ublkd.errors import UblkdError
 from ublkd.supervisor import endpoint
@@ -65,6 +65,25 @@ def upgrade(device: Device, *options: object) -> dict[str, Any]:
     assert result["pause_ms"] > 0
     wait_until(lambda: not alive(old), "the old supervisor ends")
     return dict(result)
+
+
+@contextmanager
+def upgrading(device: Device, python: Path, script: str) -> Iterator[socket.socket]:
+    """An upgrade to what this script of a shell does, asked for and not answered yet: where the answer comes."""
+    python.write_text("#!/bin/bash\n" + script)
+    python.chmod(0o755)
+    with connected(device) as s:
+        s.send(json.dumps({"protocol": endpoint.PROTOCOL, "op": "upgrade", "python": str(python)}).encode())
+        yield s
+
+
+@contextmanager
+def connected(device: Device) -> Iterator[socket.socket]:
+    """The supervisor's socket; no answer is waited for longer than 20 seconds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
+        s.settimeout(20)
+        s.connect(endpoint.path_of(device.id))
+        yield s
 
 
 def make(target: str, serve: Callable[..., Device], image: Callable[..., Path], **settings: Any) -> Device:
@@ -161,15 +180,9 @@ def test_a_new_version_that_is_broken(how: str, serve: Callable[..., Device], tm
 
 def test_a_worker_dies_before_the_new_version_is_ready(serve: Callable[..., Device], tmp_path: Path) -> None:
     device = serve("memory", size=SIZE, queues=2, start_timeout=20)
-    python = tmp_path / "python"
-    python.write_text("#!/bin/bash\nsleep 60\n")
-    python.chmod(0o755)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
-        s.connect(endpoint.path_of(device.id))
-        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+    with upgrading(device, tmp_path / "python", "sleep 60\n") as s:
         wait_until(lambda: "upgrade asked for" in read(f"/run/ublkd/{device.id}.log"), "it begins")
         os.kill(device.workers()[0], signal.SIGKILL)
-        s.settimeout(20)
         assert "a worker died" in json.loads(s.recv(65536))["error"]
     wait_until(lambda: device.record["recoveries"] == 1, "the worker is replaced")
     assert device.state == "live"
@@ -179,12 +192,9 @@ def test_the_old_supervisor_is_killed_meanwhile(serve: Callable[..., Device], tm
     """The new version, not handed the device yet, ends too; what is left can be recovered."""
     device = serve("memory", size=SIZE, queues=1, start_timeout=20)
     pwrite(device.path, b"kept", MIB)
-    python, started = tmp_path / "python", tmp_path / "started"
-    python.write_text(f"#!/bin/bash\ntouch {started}\nsleep 1\nexec {sys.executable} \"$@\"\n")
-    python.chmod(0o755)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
-        s.connect(endpoint.path_of(device.id))
-        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+    started = tmp_path / "started"
+    script = f"touch {started}\nsleep 1\nexec {sys.executable} \"$@\"\n"
+    with upgrading(device, tmp_path / "python", script):
         wait_until(started.exists, "the new version starts")
         device.kill_supervisor()
     time.sleep(4)
@@ -234,12 +244,8 @@ def test_hangup_reads_the_configuration_again(serve: Callable[..., Device], tmp_
 
 def test_stop_during_an_upgrade(serve: Callable[..., Device], tmp_path: Path) -> None:
     device = serve("memory", size=SIZE, queues=1)
-    python, started = tmp_path / "python", tmp_path / "started"
-    python.write_text(f"#!/bin/bash\ntouch {started}\nsleep 60\n")
-    python.chmod(0o755)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
-        s.connect(endpoint.path_of(device.id))
-        s.send(json.dumps({"protocol": 1, "op": "upgrade", "python": str(python)}).encode())
+    started = tmp_path / "started"
+    with upgrading(device, tmp_path / "python", f"touch {started}\nsleep 60\n"):
         wait_until(started.exists, "the new version starts")
         device.stop()
     assert device.state == "gone"
@@ -254,9 +260,7 @@ def test_nonsense_on_the_socket(serve: Callable[..., Device]) -> None:
         time.sleep(0.02)
     nonsense = [b"{", b"[]", b'{"protocol": 99}', b'{"protocol": 1}', b'{"protocol": 1, "op": []}', b"[" * 9000]
     for message in nonsense:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
-            s.settimeout(20)
-            s.connect(endpoint.path_of(device.id))
+        with connected(device) as s:
             s.send(message)
             assert "error" in json.loads(s.recv(65536)), message
     for s in silent:
@@ -272,11 +276,8 @@ def test_too_busy_without_quiesce(serve: Callable[..., Device], tmp_path: Path) 
     device = serve("python", f"{HERE}/lib/targets.py:Held", **settings)
     pwrite(device.path, b"precious" * 512, MIB)
     forget(device.path)
-    reader = subprocess.Popen(
-        ["dd", f"if={device.path}", "bs=4096", "skip=256", "count=1", "iflag=direct", "status=none"],
-        stdout=subprocess.PIPE,
-    )
-    wait_until(lambda: device.word("started") > device.word("completed"), "the read is held")
+    reader = direct_reader(device.path, MIB)
+    wait_until(device.under_way, "the read is held")
     if not has("QUIESCE"):
         done = cli("upgrade", device.id)
         assert done.status == 1 and "no queue was without a request for 8 seconds" in done.err

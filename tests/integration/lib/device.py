@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lib.tools import has, wait_until
+from lib.tools import has, read, wait_until
 from ublkd import inventory, supervisor
 from ublkd.config.schema import DeviceSpec
 from ublkd.shm import reader
@@ -72,9 +73,18 @@ class Device:
         """Counters."""
         return reader.snapshot(self.id)
 
+    def said(self, event: str) -> list[dict[str, Any]]:
+        """Events of that name in the supervisor's log."""
+        lines = [json.loads(line) for line in read(f"/run/ublkd/{self.id}.log").splitlines()]
+        return [line for line in lines if line["event"] == event]
+
     def word(self, name: str) -> int:
         """A counter word, over all queues."""
         return sum(queue[name] for queue in self.snapshot()["queues"])
+
+    def under_way(self) -> int:
+        """Requests that were begun and not answered."""
+        return self.word("started") - self.word("completed")
 
     def ios(self, op: str) -> int:
         """Requests of one kind that were answered."""

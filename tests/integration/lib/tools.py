@@ -122,6 +122,12 @@ def pread(path: str | Path, length: int, offset: int, flags: int = 0) -> bytes:
         os.close(fd)
 
 
+def direct_reader(path: str, offset: int) -> subprocess.Popen[bytes]:
+    """A program that reads 4096 bytes past the page cache, and prints them when it gets them."""
+    words = ["dd", f"if={path}", "bs=4096", f"skip={offset // 4096}", "count=1", "iflag=direct", "status=none"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def pwrite(path: str | Path, data: bytes, offset: int) -> None:
     """Write to a file or device, and sync."""
     fd = os.open(path, os.O_WRONLY)
