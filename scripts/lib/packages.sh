@@ -47,6 +47,8 @@ need_test_packages() {
     need ps procps
     need modprobe kmod
     need dmsetup dmsetup
+    need ip iproute2
+    need nsenter util-linux
 }
 
 need_vm_packages() {

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lib.device import Device, cli
+from lib import nfs
+from lib.device import Device, cli, reap
 from lib.mapped import Mapped
 from lib.tools import MIB, fio_command, fio_result, forget, pwrite, read, sh, wait_until
 
@@ -38,6 +39,24 @@ def mapped(raw_disk: str) -> Iterator[Callable[..., Mapped]]:
         each.remove()
 
 
+@pytest.fixture
+def far(files: Path, tmp_path: Path) -> Iterator[Callable[[str], tuple[nfs.Server, Path]]]:
+    """far(mount options) -> an NFS server behind a cable, and a sparse file on it. For one of them."""
+    made: list[nfs.Server] = []
+    near = tmp_path / "near"
+
+    def far(options: str) -> tuple[nfs.Server, Path]:
+        near.mkdir()
+        with open(files / "disk.img", "wb") as file:
+            file.truncate(SIZE)
+        made.append(nfs.Server(files, near, options))
+        return made[0], near / "disk.img"
+
+    yield far
+    for each in made:
+        each.close()
+
+
 def linear(disk: str, start: int = 0, length: int = SIZE) -> str:
     """A table's line: bytes of the disk, as they are."""
     return f"{start // 512} {length // 512} linear {disk} {start // 512}"
@@ -52,6 +71,11 @@ def with_bad_region(disk: str, line: str) -> list[str]:
 def failing_writes(disk: str) -> str:
     """A table's line: reads work, writes and flushes fail."""
     return f"0 {SIZE // 512} flakey {disk} 0 0 3600 1 error_writes"
+
+
+def dropping_writes(disk: str) -> str:
+    """A table's line: reads work, writes and flushes are acknowledged, and that is all."""
+    return f"0 {SIZE // 512} flakey {disk} 0 0 3600 1 drop_writes"
 
 
 def direct(path: str, offset: int, data: bytes | None = None) -> bytes:
@@ -95,16 +119,11 @@ def on_each_queue(device: Device) -> Iterator[int]:
         os.sched_setaffinity(0, before)
 
 
-def said(device: Device, event: str) -> list[dict[str, object]]:
-    """Events of that name in the supervisor's log."""
-    lines = [json.loads(line) for line in read(f"/run/ublkd/{device.id}.log").splitlines()]
-    return [line for line in lines if line["event"] == event]
-
-
 @contextmanager
-def fio_elsewhere(device: Device) -> Iterator[None]:
+def fio_elsewhere(device: Device, **more: object) -> Iterator[None]:
     """fio writes and verifies on sound parts meanwhile, and must not notice anything."""
-    jobs = [{"rw": "randwrite", "bs": "8k", "iodepth": 8, "size": 2 * MIB, "offset": at * MIB} for at in (0, 40)]
+    job = {"rw": "randwrite", "bs": "8k", "iodepth": 8, "size": 2 * MIB, **more}
+    jobs = [{**job, "offset": at * MIB} for at in (0, 40)]
     process = subprocess.Popen(
         fio_command(device.path, *jobs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -132,8 +151,8 @@ def test_a_bad_region_fails_alone(
                     direct(device.path, BAD + 8192, data)
                 assert error.value.errno == errno.EIO
     assert device.workers() == workers and device.state == "live"
-    wait_until(lambda: {e["op"] for e in said(device, "requests failed")} == {"read", "write"}, "the log tells of it")
-    assert len(said(device, "requests failed")) == 2, "once of each"
+    wait_until(lambda: {e["op"] for e in device.said("requests failed")} == {"read", "write"}, "the log tells of it")
+    assert len(device.said("requests failed")) == 2, "once of each"
     below.load(linear(raw_disk))
     direct(device.path, BAD + 8192, BLOCK)
     assert direct(device.path, BAD + 8192) == BLOCK
@@ -161,7 +180,7 @@ def test_a_failed_flush_is_told_on_every_queue(
     assert told == {queue: errno.EIO for queue in told}, "a flush succeeded, and the data is not there"
     after = [queue["ops"]["flush"]["errors"] for queue in device.snapshot()["queues"]]
     assert all(after[queue] > before[queue] for queue in told), "not each flush was one of its own queue"
-    wait_until(lambda: any(e["op"] == "flush" for e in said(device, "requests failed")), "the log tells of it")
+    wait_until(lambda: any(e["op"] == "flush" for e in device.said("requests failed")), "the log tells of it")
     below.load(linear(raw_disk))
     for queue in on_each_queue(device):
         direct(device.path, queue * MIB + 4096, BLOCK)
@@ -251,7 +270,7 @@ def test_a_backing_that_stops_answering_is_waited_for(
         ]
         for reader in readers:
             reader.start()
-        wait_until(lambda: said(device, "the backing does not answer"), "the log tells of it", 60)
+        wait_until(lambda: device.said("the backing does not answer"), "the log tells of it", 60)
         assert not done
     finally:
         below.resume()
@@ -259,6 +278,172 @@ def test_a_backing_that_stops_answering_is_waited_for(
         reader.join()
     assert done == [bytes(4096)] * 8
     assert device.workers() == workers
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_dropped_writes_are_what_a_reader_finds(
+    mode: str, mapped: Callable[..., Mapped], serve: Callable[..., Device], raw_disk: str
+) -> None:
+    """A disk that lies can't be found out from above: no error is made up, and what it does have is what is read."""
+    below = mapped(linear(raw_disk))
+    device = serve("loop", below.path, direct=mode)
+    workers, other = device.workers(), os.urandom(4096)
+    for queue in on_each_queue(device):
+        direct(device.path, queue * MIB, BLOCK)
+    assert flush(device.path) == 0
+    below.load(dropping_writes(raw_disk))
+    for queue in on_each_queue(device):
+        direct(device.path, queue * MIB, other)
+        assert flush(device.path) == 0
+    forget(below.path)
+    for queue in on_each_queue(device):
+        assert direct(device.path, queue * MIB) == direct(below.path, queue * MIB) == BLOCK
+    below.load(linear(raw_disk))
+    for queue in on_each_queue(device):
+        direct(device.path, queue * MIB, other)
+        assert flush(device.path) == 0
+    forget(below.path)
+    for queue in on_each_queue(device):
+        assert direct(device.path, queue * MIB) == direct(below.path, queue * MIB) == other
+    assert device.workers() == workers and not device.said("requests failed")
+
+
+HARD = "hard,timeo=20,retrans=1"
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.time_limit(400)
+def test_a_network_file_system_that_goes_away_is_waited_for(
+    mode: str,
+    far: Callable[[str], tuple[nfs.Server, Path]],
+    serve: Callable[..., Device],
+    raw_memory: Device,
+) -> None:
+    """Nothing else waits with it, nobody is killed for it, and all ends well when it is back."""
+    server, backing = far(HARD)
+    device = serve("loop", backing, direct=mode, hang_timeout=1, on_hang="recover")
+    workers = device.workers()
+    with fio_elsewhere(device, rate_iops=40, fsync=8):
+        wait_until(lambda: device.ios("write") > 20, "fio writes")
+        server.pull()
+        try:
+            wait_until(lambda: device.said("the backing does not answer"), "the log tells of it", 120)
+            direct(raw_memory.path, 0, BLOCK)
+            assert direct(raw_memory.path, 0) == BLOCK
+            for verb in ("list", "stat", "show"):
+                told = cli(verb, *([] if verb == "list" else [device.id]))
+                assert told.status == 0 and device.path in told.out, told
+        finally:
+            server.plug()
+    wait_until(lambda: device.said("the backing answers again"), "the log tells of it")
+    assert device.workers() == workers and device.record["recoveries"] == 0
+    assert not device.said("requests failed")
+
+
+@pytest.fixture
+def raw_memory(serve: Callable[..., Device]) -> Device:
+    """A device that has nothing to do with the other."""
+    return serve("memory", size=4 * MIB, queues=1)
+
+
+@pytest.mark.time_limit(400)
+def test_a_worker_that_dies_while_the_network_is_away(
+    far: Callable[[str], tuple[nfs.Server, Path]], serve: Callable[..., Device]
+) -> None:
+    """Its successors come when what it had begun has ended, and do it again."""
+    server, backing = far(HARD)
+    device = serve("loop", backing)
+    workers = device.workers()
+    with fio_elsewhere(device, rate_iops=40):
+        wait_until(lambda: device.ios("write") > 20, "fio writes")
+        server.pull()
+        try:
+            wait_until(lambda: device.under_way() >= 2, "requests wait", 120)
+            os.kill(workers[0], signal.SIGKILL)
+        finally:
+            server.plug()
+        device.await_replacement(workers, workers[0], 120)
+    assert device.record["recoveries"] > 0 and not device.said("requests failed")
+
+
+@pytest.mark.parametrize(
+    ("options", "number"), [("soft,timeo=10,retrans=1", errno.EIO), ("softerr,timeo=10,retrans=1", errno.ETIMEDOUT)]
+)
+@pytest.mark.time_limit(400)
+def test_a_network_file_system_that_gives_up_says_so(
+    options: str, number: int, far: Callable[[str], tuple[nfs.Server, Path]], serve: Callable[..., Device]
+) -> None:
+    """The application hears of it, the log once of each kind; the queues go on, and removal needs no server."""
+    server, backing = far(options)
+    device = serve("loop", backing, direct="on", hang_timeout=30)
+    workers = device.workers()
+    direct(device.path, 0, BLOCK)
+    server.pull()
+    for _queue in on_each_queue(device):
+        for data in (None, BLOCK):
+            with pytest.raises(OSError) as error:
+                direct(device.path, MIB, data)
+            assert error.value.errno == number
+    wait_until(lambda: {"read", "write"} <= {e["op"] for e in device.said("requests failed")}, "the log tells of it")
+    ops = [e["op"] for e in device.said("requests failed")]
+    assert len(ops) == len(set(ops)), "once of each"
+    assert device.workers() == workers and device.state == "live"
+    server.plug()
+    for queue in on_each_queue(device):
+        wait_until(lambda at=queue: works(device, at * MIB), "the server answers again", 120)  # type: ignore[misc]
+    server.pull()
+    device.stop(force=True)
+    assert device.state == "gone"
+
+
+def works(device: Device, offset: int) -> bool:
+    """A write succeeds and is read back; an error is no failure yet."""
+    try:
+        direct(device.path, offset, BLOCK)
+        return direct(device.path, offset) == BLOCK
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "del --force"])
+@pytest.mark.time_limit(400)
+def test_removal_while_the_network_is_away(
+    how: str, far: Callable[[str], tuple[nfs.Server, Path]], serve: Callable[..., Device]
+) -> None:
+    """It may wait for the server as long as it takes; once that is back nothing stays."""
+    server, backing = far(HARD)
+    device = serve("loop", backing, direct="on")
+    direct(device.path, 0, BLOCK)
+    server.pull()
+    ended: list[object] = []
+
+    def write() -> None:
+        try:
+            ended.append(direct(device.path, MIB, BLOCK))
+        except OSError as e:
+            ended.append(e.errno)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        wait_until(lambda: device.under_way(), "the write is under way")
+        device.gone = True
+        if how == "SIGTERM":
+            os.kill(device.supervisor, signal.SIGTERM)
+            wait_until(lambda: device.said("still draining; a second signal ends it"), "it says what it does", 120)
+            assert not ended
+        else:
+            done = cli("del", device.id, "--force")
+            assert done.status == 0 or len(done.err.splitlines()) == 1, done.err
+    finally:
+        server.plug()
+    writer.join()
+    status = reap(device.supervisor)
+    wait_until(lambda: device.state == "gone", "the device is gone", 120)
+    if how == "SIGTERM":
+        assert status == 0 and ended == [BLOCK]
+        assert direct(str(backing), MIB) == BLOCK
+    assert direct(str(backing), 0) == BLOCK
 
 
 def test_a_full_file_system(serve: Callable[..., Device], tmp_path: Path) -> None:

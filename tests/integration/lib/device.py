@@ -63,10 +63,10 @@ class Device:
         """Pids, by queue."""
         return [worker["pid"] for worker in sorted(self.record["workers"], key=lambda worker: worker["queue"])]
 
-    def await_replacement(self, old: list[int], victim: int) -> None:
+    def await_replacement(self, old: list[int], victim: int, timeout: float = 30) -> None:
         """The dead worker of these has a successor: it alone where queues have servers of their own, else all."""
         replaced = {victim} if has("SHARDS") else set(old)
-        wait_until(lambda: not replaced & set(self.workers()), "the workers are replaced")
+        wait_until(lambda: not replaced & set(self.workers()), "the workers are replaced", timeout)
         assert set(old) - replaced <= set(self.workers()), "a worker was ended that nothing was wrong with"
 
     def snapshot(self) -> dict[str, Any]:
