@@ -47,6 +47,7 @@ need_test_packages() {
     need ps procps
     need modprobe kmod
     need dmsetup dmsetup
+    need systemd-analyze systemd
     need ip iproute2
     need nsenter util-linux
 }

@@ -18,6 +18,7 @@ for place in (HERE, HERE.parent):
         sys.path.insert(0, str(place))
 
 from lib import device, disks, leaks  # noqa: E402
+from lib.needs import skip_or_fail  # noqa: E402
 
 from vm import dmesg  # noqa: E402
 
@@ -31,13 +32,6 @@ def _lacking() -> str:
     if not os.path.exists("/dev/ublk-control"):
         return "needs the ublk driver"
     return ""
-
-
-def skip_or_fail(reason: str) -> None:
-    """A skipped test, or a failed one where everything should be there."""
-    if os.environ.get("UBLKD_REQUIRE_KERNEL") == "1":
-        pytest.fail(f"{reason}, and UBLKD_REQUIRE_KERNEL is set", pytrace=False)
-    pytest.skip(reason)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
