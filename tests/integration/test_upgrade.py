@@ -175,11 +175,11 @@ def test_a_new_version_that_is_broken(how: str, serve: Callable[..., Device], tm
         assert alive(device.supervisor) and device.record["supervisor"]["pid"] == device.supervisor
         assert len(device.workers()) == 2 and all(alive(pid) for pid in device.workers())
     if how == "takes half of it":
-        upgrade(device, "--start-timeout", "30")
+        upgrade(device, "--start-timeout", "120")
 
 
 def test_a_worker_dies_before_the_new_version_is_ready(serve: Callable[..., Device], tmp_path: Path) -> None:
-    device = serve("memory", size=SIZE, queues=2, start_timeout=20)
+    device = serve("memory", size=SIZE, queues=2, start_timeout=120)
     with upgrading(device, tmp_path / "python", "sleep 60\n") as s:
         wait_until(lambda: "upgrade asked for" in read(f"/run/ublkd/{device.id}.log"), "it begins")
         os.kill(device.workers()[0], signal.SIGKILL)
@@ -190,7 +190,7 @@ def test_a_worker_dies_before_the_new_version_is_ready(serve: Callable[..., Devi
 
 def test_the_old_supervisor_is_killed_meanwhile(serve: Callable[..., Device], tmp_path: Path) -> None:
     """The new version, not handed the device yet, ends too; what is left can be recovered."""
-    device = serve("memory", size=SIZE, queues=1, start_timeout=20)
+    device = serve("memory", size=SIZE, queues=1, start_timeout=120)
     pwrite(device.path, b"kept", MIB)
     started = tmp_path / "started"
     script = f"touch {started}\nsleep 1\nexec {sys.executable} \"$@\"\n"
@@ -284,4 +284,4 @@ def test_too_busy_without_quiesce(serve: Callable[..., Device], tmp_path: Path) 
         assert device.record["supervisor"]["pid"] == device.supervisor and reader.poll() is None
     gate.touch()
     assert reader.communicate(timeout=30)[0] == b"precious" * 512
-    upgrade(device)
+    upgrade(device, "--start-timeout", "120")
