@@ -254,8 +254,10 @@ class Storm:
         self.samples.append(
             {
                 "survived": self._survived,
-                "supervisor_pss_kib": watch.pss_kib(supervisor),
-                "workers_pss_kib": sum(watch.pss_kib(pid) for pid, what in found.items() if what != "supervisor"),
+                "supervisor_pss_kib": watch.pss_kib(supervisor, huge=False),
+                "workers_pss_kib": sum(
+                    watch.pss_kib(pid, huge=False) for pid, what in found.items() if what != "supervisor"
+                ),
                 "supervisor_files": watch.open_files(supervisor),
                 "slab_unreclaimable_kib": watch.meminfo("SUnreclaim")["SUnreclaim"],
             }

@@ -102,15 +102,21 @@ def _family(pid: int) -> list[int]:
     return [pid, *map(int, children)] if inventory.alive(pid, None) else []
 
 
-def pss_kib(pid: int) -> int:
-    """A process's proportional share of memory, 0 if it is gone."""
+def pss_kib(pid: int, huge: bool = True) -> int:
+    """A process's proportional share of memory, 0 if it is gone.
+
+    huge=False leaves huge pages out: only buffers of tags have any, and how many of those a worker has touched when
+    it is looked at is chance, at 2 MiB each.
+    """
+    sizes = {}
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
+            name, _, rest = line.partition(":")
+            if name in ("Pss", "AnonHugePages"):
+                sizes[name] = int(rest.split()[0])
     except OSError:
-        pass
-    return 0
+        return 0
+    return sizes.get("Pss", 0) - (0 if huge else sizes.get("AnonHugePages", 0))
 
 
 def open_files(pid: int) -> int:
