@@ -72,22 +72,14 @@ static void take_data(struct fake *f, unsigned tag, struct fake_request *r)
 		CHECK_EQ(CHECK_SYS(pread(f->data_fd, r->data, (size_t)r->result, data_pos(f, tag))), r->result);
 }
 
-static int fake_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t flags)
+bool fake_deliver(struct fake *f, unsigned tag)
 {
-	struct fake *f = fake_of(q);
 	struct fake_request *r;
 
-	(void)flags;
-	CHECK_EQ(res, 0);
 	CHECK(tag < f->p.depth);
 	CHECK(!f->tags[tag]);
-	if (f->next == f->nr_requests) {
-		if (f->hold)
-			f->held[tag] = true;
-		else
-			ublkd_dispatch_gone(q, tag);
-		return 0;
-	}
+	if (f->next == f->nr_requests)
+		return false;
 	r = &f->requests[f->next++];
 	if (f->on_deliver)
 		f->on_deliver(f, r);
@@ -96,26 +88,45 @@ static int fake_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t f
 		.nr_sectors = r->sectors,
 		.start_sector = r->sector,
 	};
-	if (q->tp->registers && tag % 2)
+	if (f->q->tp->registers && tag % 2)
 		f->iods[tag].op_flags |= UBLK_IO_F_NEED_REG_BUF;
 	f->tags[tag] = r;
 	r->delivered = true;
 	put_data(f, tag, r);
-	return ublkd_dispatch_request(q, tag);
+	return true;
+}
+
+void fake_answered(struct fake *f, unsigned tag, int32_t result)
+{
+	struct fake_request *r = f->tags[tag];
+
+	CHECK(r);
+	f->tags[tag] = NULL;
+	r->answers++;
+	r->result = result;
+	take_data(f, tag, r);
+	if (f->on_answer)
+		f->on_answer(f, r);
+}
+
+static int fake_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t flags)
+{
+	struct fake *f = fake_of(q);
+
+	(void)flags;
+	CHECK_EQ(res, 0);
+	if (fake_deliver(f, tag))
+		return ublkd_dispatch_request(q, tag);
+	if (f->hold)
+		f->held[tag] = true;
+	else
+		ublkd_dispatch_gone(q, tag);
+	return 0;
 }
 
 static void fake_commit(struct ublkd_queue *q, struct ublkd_io *io)
 {
-	struct fake *f = fake_of(q);
-	struct fake_request *r = f->tags[io->tag];
-
-	CHECK(r);
-	f->tags[io->tag] = NULL;
-	r->answers++;
-	r->result = io->result;
-	take_data(f, io->tag, r);
-	if (f->on_answer)
-		f->on_answer(f, r);
+	fake_answered(fake_of(q), io->tag, io->result);
 	queue_nop(q, io->tag);
 }
 
@@ -166,21 +177,26 @@ const struct ublkd_transport fake_user_copy = {
 	.push = user_copy_push,
 };
 
-/* The memfd's own pages, so that what the ring moves is found where the data is looked for. */
-static int fake_zero_copy_arm(struct ublkd_queue *q)
+struct iovec *fake_map_pages(struct fake *f)
 {
-	struct fake *f = fake_of(q);
-	struct iovec *vecs = calloc(q->p.depth, sizeof(*vecs));
+	struct iovec *vecs = calloc(f->p.depth, sizeof(*vecs));
 
-	f->pages = calloc(q->p.depth, sizeof(*f->pages));
+	f->pages = calloc(f->p.depth, sizeof(*f->pages));
 	CHECK(vecs && f->pages);
-	CHECK_SYS(ftruncate(f->data_fd, data_pos(f, q->p.depth)));
-	for (unsigned tag = 0; tag < q->p.depth; tag++) {
-		f->pages[tag] = mmap(NULL, q->p.max_io_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, f->data_fd,
+	CHECK_SYS(ftruncate(f->data_fd, data_pos(f, f->p.depth)));
+	for (unsigned tag = 0; tag < f->p.depth; tag++) {
+		f->pages[tag] = mmap(NULL, f->p.max_io_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, f->data_fd,
 				     data_pos(f, tag));
 		CHECK(f->pages[tag] != MAP_FAILED);
-		vecs[tag] = (struct iovec){ .iov_base = f->pages[tag], .iov_len = q->p.max_io_bytes };
+		vecs[tag] = (struct iovec){ .iov_base = f->pages[tag], .iov_len = f->p.max_io_bytes };
 	}
+	return vecs;
+}
+
+static int fake_zero_copy_arm(struct ublkd_queue *q)
+{
+	struct iovec *vecs = fake_map_pages(fake_of(q));
+
 	CHECK_EQ(io_uring_register_buffers(&q->ring, vecs, q->p.depth), 0);
 	free(vecs);
 	return fake_arm(q);
@@ -226,6 +242,7 @@ int fake_open(struct fake *f, const struct ublkd_transport *tp, struct ublkd_tar
 	f->nr_requests = f->next = 0;
 	memset(f->tags, 0, sizeof(f->tags));
 	memset(f->held, 0, sizeof(f->held));
+	fake_batch_begin(f);
 	return ublkd_queue_create_on(&f->p, tp, target, &f->q);
 }
 

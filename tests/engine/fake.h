@@ -2,7 +2,9 @@
 /*
  * Plays the driver for one queue, without one. Commands are NOPs on the
  * queue's own ring: when one comes back the fake puts the next request of its
- * list into the tag's descriptor, or takes the tag back for good.
+ * list into the tag's descriptor, or takes the tag back for good. Of the
+ * transports with commands for many tags it plays the driver below the ring
+ * (fake_batch.c), so that the engine's own are at work.
  *
  * The command buffer is ordinary memory. Where the server copies, a memfd
  * stands for the char device, so the engine's own pull and push are at work.
@@ -15,6 +17,7 @@
 #include "dispatch.h"
 #include "engine.h"
 #include "queue.h"
+#include "ublk.h"
 
 #define FAKE_JUNK 0xa5
 
@@ -29,6 +32,30 @@ struct fake_request {
 	bool delivered;
 	unsigned answers;
 	int32_t result;
+};
+
+/* The driver of transport_batch.c; below: what a test may set, then what it may look at. */
+struct fake_batch {
+	uint64_t (*below)(uint64_t n); /* if set: chance has a say in how requests come */
+	int prep_error;                /* what PREP, or from the second on COMMIT, or FETCH ends with, if not 0 */
+	int commit_error;
+	int fetch_error;
+	const uint16_t *false_tags;    /* the first list of tags, in place of a true one */
+	unsigned nr_false_tags;
+	unsigned stop_after;           /* requests, after which no more come, whatever the server has in hand; 0: never */
+	bool one_by_one;               /* a tag per buffer */
+
+	unsigned preps, commits, fetches, starved, most_commit;
+
+	bool prepared;
+	bool fetching;
+	uint64_t fetch_ud;
+	unsigned nr_owned;
+	struct io_uring_buf_ring *ring;
+	unsigned nr_buffers;
+	uint16_t head;
+	unsigned patch_head, patch_tail;
+	unsigned seen; /* the CQ up to here is patched */
 };
 
 struct fake {
@@ -52,6 +79,8 @@ struct fake {
 	void *priv;
 	unsigned wakes;
 	unsigned flushes;
+
+	struct fake_batch batch;
 };
 
 /* The two ways for data, as in the engine: does the driver copy (with the queue's buffers) or the server? */
@@ -78,5 +107,11 @@ void fake_close(struct fake *f);
  */
 void fake_serve(struct fake *f, const struct ublkd_transport *tp, struct ublkd_target *target,
 		struct fake_request *requests, unsigned n);
+
+/* For the two drivers: put the next request into a tag, if there is one; take the answer; map the tags' pages. */
+bool fake_deliver(struct fake *f, unsigned tag);
+void fake_answered(struct fake *f, unsigned tag, int32_t result);
+struct iovec *fake_map_pages(struct fake *f);
+void fake_batch_begin(struct fake *f);
 
 #endif

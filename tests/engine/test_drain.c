@@ -40,7 +40,7 @@ static unsigned answered(const struct fake_request *reqs)
 }
 
 /* how: what is written in the middle of the traffic. Returns how many requests were answered. */
-static unsigned serve(uint64_t how, int want)
+static unsigned serve(const struct ublkd_transport *tp, uint64_t how, int want)
 {
 	struct fake_request reqs[N] = { 0 };
 	struct ublkd_target *target = null_target();
@@ -53,7 +53,7 @@ static unsigned serve(uint64_t how, int want)
 	f->p.depth = DEPTH;
 	f->priv = &how;
 	f->on_deliver = drain_at_40;
-	CHECK_EQ(fake_open(f, &fake_copy, target), 0);
+	CHECK_EQ(fake_open(f, tp, target), 0);
 	CHECK_EQ(fake_run(f, reqs, N), want);
 	n = answered(reqs);
 	CHECK_EQ(f->q->in_hand, 0);
@@ -66,15 +66,21 @@ static unsigned serve(uint64_t how, int want)
 	return n;
 }
 
-int main(void)
+static void test_transport(const struct ublkd_transport *tp)
 {
-	unsigned n = serve(UBLKD_WAKE_DRAIN, UBLKD_RUN_DRAINED);
+	unsigned n = serve(tp, UBLKD_WAKE_DRAIN, UBLKD_RUN_DRAINED);
 
 	CHECK(n >= 40 - DEPTH && n < N);
-	n = serve(UBLKD_WAKE_DRAIN_IDLE, UBLKD_RUN_DRAINED);
+	n = serve(tp, UBLKD_WAKE_DRAIN_IDLE, UBLKD_RUN_DRAINED);
 	CHECK(n >= 40 - DEPTH && n < N);
 	/* Taken back at once, and pings, which are nobody's concern. */
-	CHECK_EQ(serve(UBLKD_WAKE_DRAIN + UBLKD_WAKE_SERVE, UBLKD_RUN_DONE), N);
-	CHECK_EQ(serve(3ull * UBLKD_WAKE_PING, UBLKD_RUN_DONE), N);
+	CHECK_EQ(serve(tp, UBLKD_WAKE_DRAIN + UBLKD_WAKE_SERVE, UBLKD_RUN_DONE), N);
+	CHECK_EQ(serve(tp, 3ull * UBLKD_WAKE_PING, UBLKD_RUN_DONE), N);
+}
+
+int main(void)
+{
+	test_transport(&fake_copy);
+	test_transport(&ublkd_transport_batch_user_copy);
 	return 0;
 }

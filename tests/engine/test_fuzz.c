@@ -201,6 +201,7 @@ static void serve_round(struct subject *s, bool model)
 	f->p.qid = (uint16_t)below(8);
 	f->priv = s;
 	f->on_answer = check_answer;
+	f->batch.below = below;
 	fake_serve(f, s->tp, s->target, reqs, ROUND);
 	fake_free(f);
 	free(reqs);
@@ -208,7 +209,12 @@ static void serve_round(struct subject *s, bool model)
 
 int main(void)
 {
-	static const struct ublkd_transport *const transports[] = { &fake_copy, &fake_user_copy };
+	static const struct ublkd_transport *const transports[] = {
+		&fake_copy,
+		&fake_user_copy,
+		&ublkd_transport_batch_user_copy,
+		&ublkd_transport_batch_zero_copy,
+	};
 	const char *seconds = getenv("UBLKD_FUZZ_SECONDS"), *seed = getenv("UBLKD_FUZZ_SEED");
 	const uint64_t end = ublkd_now_ns() + (uint64_t)(seconds ? atof(seconds) * 1e9 : 5e9);
 	unsigned long long rounds = 0;
@@ -218,7 +224,7 @@ int main(void)
 		rng_state = 1;
 	fprintf(stderr, "seed %llu\n", (unsigned long long)rng_state);
 	do {
-		struct subject s = subject_new((unsigned)(rounds % NR_TARGETS), transports[rounds / NR_TARGETS % 2]);
+		struct subject s = subject_new((unsigned)(rounds % NR_TARGETS), transports[rounds / NR_TARGETS % 4]);
 
 		for (int i = 0; i < 3; i++)
 			serve_round(&s, true);

@@ -21,6 +21,7 @@
 #define UBLKD_TRANSPORT_COPY 0      /* driver copies to and from the tag's buffer */
 #define UBLKD_TRANSPORT_USER_COPY 1 /* server copies by pread/pwrite on the char device */
 #define UBLKD_TRANSPORT_ZERO_COPY 2 /* request pages are registered buffers of the ring, by themselves */
+#define UBLKD_TRANSPORT_BATCH 256   /* with one of the last two: commands for many tags at once (UBLK_F_BATCH_IO) */
 
 /* What ublkd_queue_run() returned for. */
 #define UBLKD_RUN_DONE 0 /* the driver took every tag back: the device stopped */

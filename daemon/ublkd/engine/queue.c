@@ -182,8 +182,8 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 	err = alloc_tags(q);
 	if (err < 0)
 		goto fail;
-	/* Room for every tag's command and target I/O at once, and the wake poll. */
-	entries = params->depth * (1 + target->ops->sqes_per_io) + 1;
+	/* Room for every tag's command and target I/O at once, the wake poll, and what a transport has of its own. */
+	entries = params->depth * (1 + target->ops->sqes_per_io) + 1 + UBLKD_TRANSPORT_CQES;
 	err = ublkd_ring_init(&q->ring, params->depth + 1, entries, 0);
 	if (err < 0) {
 		q->ring.ring_fd = -1;
@@ -220,6 +220,10 @@ int ublkd_queue_create(const struct ublkd_queue_params *params, struct ublkd_tar
 		return ublkd_queue_create_on(params, &ublkd_transport_user_copy, target, ret);
 	case UBLKD_TRANSPORT_ZERO_COPY:
 		return ublkd_queue_create_on(params, &ublkd_transport_zero_copy, target, ret);
+	case UBLKD_TRANSPORT_USER_COPY | UBLKD_TRANSPORT_BATCH:
+		return ublkd_queue_create_on(params, &ublkd_transport_batch_user_copy, target, ret);
+	case UBLKD_TRANSPORT_ZERO_COPY | UBLKD_TRANSPORT_BATCH:
+		return ublkd_queue_create_on(params, &ublkd_transport_batch_zero_copy, target, ret);
 	default:
 		return ublkd_error(-EINVAL, "unknown transport %u", params->transport);
 	}
@@ -233,6 +237,8 @@ void ublkd_queue_destroy(struct ublkd_queue *q)
 		q->target->ops->close(q->target, q);
 	if (q->ring.ring_fd >= 0)
 		io_uring_queue_exit(&q->ring);
+	if (q->tp->close)
+		q->tp->close(q);
 	/*
 	 * The kernel tears the ring down in the background: I/O that is under way
 	 * goes on, from and to these buffers, which are then left to it. The

@@ -30,6 +30,8 @@ enum ublkd_drain {
 #define UBLKD_FILE_CDEV 0
 #define UBLKD_NR_FILES 8
 
+struct ublkd_batch; /* transport_batch.c */
+
 struct ublkd_queue {
 	struct io_uring ring;
 	const struct ublkd_transport *tp;
@@ -52,6 +54,7 @@ struct ublkd_queue {
 	bool wake_armed;
 	bool woken;
 	bool opened;
+	struct ublkd_batch *batch;
 	struct ublkd_queue_params p;
 	struct ublkd_buffers buffers;
 	struct ublkd_shm_queue *own_shm; /* when the caller keeps no statistics */

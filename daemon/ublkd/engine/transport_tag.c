@@ -5,7 +5,6 @@
  */
 #include <errno.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "dispatch.h"
 #include "error.h"
@@ -56,92 +55,30 @@ static int tag_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t fl
 			   q->p.qid, tag, res, res < 0 ? strerror(-res) : "not asked for");
 }
 
-static int64_t copy_pull(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, void *dst, uint32_t len)
-{
-	(void)q;
-	memcpy(dst, (char *)io->buf + off, len);
-	return len;
-}
-
-static int64_t copy_push(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, const void *src, uint32_t len)
-{
-	(void)q;
-	memcpy((char *)io->buf + off, src, len);
-	return len;
-}
-
 const struct ublkd_transport ublkd_transport_copy = {
 	.name = "copy",
 	.needs_buffers = true,
 	.arm = tag_arm,
 	.cqe = tag_cqe,
 	.commit = tag_commit,
-	.pull = copy_pull,
-	.push = copy_push,
+	.pull = ublkd_copy_pull,
+	.push = ublkd_copy_push,
 };
-
-/* The driver checks what it is asked for; it moves nothing, without an errno, only where our memory can't be had. */
-#define UBLKD_NOTHING_MOVED (-EFAULT)
-
-/* Where a request's data sits in the char device's file. */
-static off_t user_copy_pos(const struct ublkd_queue *q, const struct ublkd_io *io, uint32_t off)
-{
-	return (off_t)(UBLKSRV_IO_BUF_OFFSET + ((uint64_t)q->p.qid << UBLK_QID_OFF) +
-		       ((uint64_t)io->tag << UBLK_TAG_OFF) + off);
-}
-
-static int64_t user_copy_pull(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, void *dst, uint32_t len)
-{
-	uint32_t moved = 0;
-
-	while (moved < len) {
-		ssize_t n = pread(q->p.cdev_fd, (char *)dst + moved, len - moved,
-				  user_copy_pos(q, io, off + moved));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : UBLKD_NOTHING_MOVED;
-		moved += (uint32_t)n;
-	}
-	return len;
-}
-
-static int64_t user_copy_push(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, const void *src,
-			      uint32_t len)
-{
-	uint32_t moved = 0;
-
-	while (moved < len) {
-		ssize_t n = pwrite(q->p.cdev_fd, (const char *)src + moved, len - moved,
-				   user_copy_pos(q, io, off + moved));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : UBLKD_NOTHING_MOVED;
-		moved += (uint32_t)n;
-	}
-	return len;
-}
 
 const struct ublkd_transport ublkd_transport_user_copy = {
 	.name = "user-copy",
 	.arm = tag_arm,
 	.cqe = tag_cqe,
 	.commit = tag_commit,
-	.pull = user_copy_pull,
-	.push = user_copy_push,
+	.pull = ublkd_user_copy_pull,
+	.push = ublkd_user_copy_push,
 };
 
 static int zero_copy_arm(struct ublkd_queue *q)
 {
-	int ret = io_uring_register_buffers_sparse(&q->ring, q->p.depth);
+	int ret = ublkd_register_requests(q);
 
-	if (ret < 0)
-		return ublkd_error(ret, "queue %u: cannot have a table of registered buffers: %s", q->p.qid,
-				   strerror(-ret));
-	return tag_arm(q);
+	return ret < 0 ? ret : tag_arm(q);
 }
 
 /* Where the pages could not be registered the server copies: such a device has user copy too. */
@@ -151,6 +88,6 @@ const struct ublkd_transport ublkd_transport_zero_copy = {
 	.arm = zero_copy_arm,
 	.cqe = tag_cqe,
 	.commit = tag_commit,
-	.pull = user_copy_pull,
-	.push = user_copy_push,
+	.pull = ublkd_user_copy_pull,
+	.push = ublkd_user_copy_push,
 };
