@@ -62,11 +62,15 @@ def verifying(device: Device) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-@pytest.mark.parametrize("target", ["loop", "memory", "python"])
-def test_a_killed_worker_is_replaced(target: str, serve: Callable[..., Device], image: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("target", "batch"), [("loop", "auto"), ("loop", "off"), ("memory", "auto"), ("python", "auto")]
+)
+def test_a_killed_worker_is_replaced(
+    target: str, batch: str, serve: Callable[..., Device], image: Callable[..., Path]
+) -> None:
     """Nobody who uses the device notices."""
     if target == "loop":
-        device = serve("loop", image(SIZE))
+        device = serve("loop", image(SIZE), batch=batch)
     else:
         device = serve(target, f"{HERE}/lib/targets.py:Disk" if target == "python" else None, size=SIZE)
     old = device.workers()
@@ -142,11 +146,13 @@ def test_cleanup(serve: Callable[..., Device]) -> None:
     assert all(name.startswith((f"{alive.id}.", f"ublkd-{alive.id}")) for name in left), left
 
 
-@pytest.mark.parametrize("policy", ["requeue", "fail", "error"])
-def test_what_a_dead_worker_held(policy: str, serve: Callable[..., Device], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "transport"), [("requeue", "auto"), ("requeue", "user-copy"), ("fail", "auto"), ("error", "auto")]
+)
+def test_what_a_dead_worker_held(policy: str, transport: str, serve: Callable[..., Device], tmp_path: Path) -> None:
     """Issued again, or failed; either way the device goes on."""
     gate = tmp_path / "gate"
-    settings = {"size": SIZE, "on_crash": policy, "params": {"gate": str(gate)}}
+    settings = {"size": SIZE, "on_crash": policy, "transport": transport, "params": {"gate": str(gate)}}
     if policy == "error" and not has("USER_RECOVERY_FAIL_IO"):
         with pytest.raises(UblkdError, match="--on-crash error needs a driver with USER_RECOVERY_FAIL_IO"):
             serve("python", f"{HERE}/lib/targets.py:Held", **settings)

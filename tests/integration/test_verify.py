@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lib.device import Device
+from lib.device import Device, cli
 from lib.tools import BLKDISCARD, MIB, fio, forget, has, over_range, pread, pwrite
 
 from ublkd.errors import UblkdError
@@ -29,6 +30,7 @@ JOBS: tuple[dict[str, object], ...] = (
     {"rw": "trimwrite", "bs": "64k", "iodepth": 8, "offset": 24 * MIB, "size": 2 * MIB},
     {"rw": "randtrim", "bs": "64k", "iodepth": 4, "offset": 32 * MIB, "size": 2 * MIB, "verify": 0},
 )
+REFUSED = [({"transport": "copy"}, "the transport is copy"), ({"on_crash": "fail"}, "--on-crash is fail")]
 TRIMS = 32 + 32
 OWN = 40 * MIB
 
@@ -40,25 +42,46 @@ TARGETS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("transport", ["copy", "user-copy", "zero-copy"])
+@pytest.mark.parametrize(
+    ("transport", "batch"),
+    [("copy", "auto"), ("user-copy", "off"), ("user-copy", "on"), ("zero-copy", "off"), ("zero-copy", "on")],
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_written_data_is_found_again(
-    name: str, transport: str, serve: Callable[..., Device], image: Callable[..., Path]
+    name: str, transport: str, batch: str, serve: Callable[..., Device], image: Callable[..., Path]
 ) -> None:
     target, settings = TARGETS[name]
-    if transport == "zero-copy" and (target != "loop" or not has("AUTO_BUF_REG")):
-        # Refused, not ignored.
-        with pytest.raises(UblkdError, match=r"zero-copy can't be had"):
-            serve(target, transport=transport, **({"file": image(SIZE)} if target == "loop" else settings))
-        return
     if target == "loop":
         settings = {**settings, "file": image(SIZE)}
-    device = serve(target, transport=transport, max_io_size="1M", **settings)
+    settings = {**settings, "transport": transport, "batch": batch}
+    # Refused, not ignored.
+    if transport == "zero-copy" and (target != "loop" or not has("AUTO_BUF_REG")):
+        with pytest.raises(UblkdError, match=r"zero-copy can't be had"):
+            serve(target, **settings)
+        return
+    if batch == "on" and not has("BATCH_IO"):
+        with pytest.raises(UblkdError, match=r"--batch on can't be had: the driver has no BATCH_IO"):
+            serve(target, **settings)
+        return
+    device = serve(target, max_io_size="1M", **settings)
+    assert device.record["transport"] == transport + ("+batch" if batch == "on" else "")
     write_and_find(device)
     if target == "loop":
         backing = str(settings["file"])
         forget(device.path, backing)
         assert all(same(device.path, backing, at) for at in range(0, SIZE, 8 * MIB))
+
+
+@pytest.mark.parametrize(("settings", "why"), REFUSED)
+def test_batch_that_can_not_be_had(settings: dict[str, object], why: str, serve: Callable[..., Device]) -> None:
+    """Refused if asked for, left out otherwise, and `show` says why."""
+    if not has("BATCH_IO"):
+        why = "the driver has no BATCH_IO"
+    with pytest.raises(UblkdError, match=f"--batch on can't be had: {why}"):
+        serve("memory", size=SIZE, batch="on", **settings)
+    device = serve("memory", size=SIZE, **settings)
+    shown = json.loads(cli("show", device.id, "--json").out)
+    assert shown["batch"].startswith(f"off: {why}") and "batch" not in shown["transport"]
 
 
 def test_written_data_is_found_again_by_batches(serve: Callable[..., Device]) -> None:

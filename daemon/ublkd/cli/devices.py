@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -61,6 +62,7 @@ Examples:
 def verb_show(device: int, as_json: bool) -> None:
     """N is a device number or a path such as /dev/ublkb0."""
     found = _device(device)
+    found["batch"] = _batch(found)
     if as_json:
         print_json(found)
         return
@@ -69,6 +71,20 @@ def verb_show(device: int, as_json: bool) -> None:
     flags = uapi.flag_names(found["flags"] or 0)
     facts = found.pop("details")
     print_fields({**found, **facts, "state": _state(found), "size": _size(found), "flags": flags})
+
+
+def _batch(d: dict[str, Any]) -> str | None:
+    """Whether and why a device of ours has commands for many requests at once."""
+    from ublkd import inventory
+    from ublkd.supervisor import create
+
+    if d["owner"] != "ublkd" or d["flags"] is None or not d.get("on_crash"):
+        return None
+    settings = None
+    with suppress(inventory.RecordError):
+        settings = (inventory.read_record(d["id"]) or {}).get("settings")
+    asked = settings.get("batch") if isinstance(settings, dict) else None
+    return create.about_batch(d["flags"], d["transport"], d["on_crash"], str(asked))
 
 
 @click.command(

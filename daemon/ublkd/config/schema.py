@@ -451,6 +451,19 @@ class DeviceSpec:
         flags=("--transport",),
         metavar="HOW",
     )
+    batch: str = setting(
+        Choice,
+        "auto",
+        "Commands for many requests at once between kernel and worker (Linux 7.0): faster with several requests "
+        "in flight, slower with one.",
+        {
+            "auto": "where the driver has them, the transport is user-copy or zero-copy, and --on-crash is requeue",
+            "on": "or fail",
+            "off": "a command for each request",
+        },
+        flags=("--batch",),
+        metavar="HOW",
+    )
     zero: bool = setting(
         Switch,
         True,

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from ublkd.control.features import Features
     from ublkd.targets.base import ControlTarget, Limits
 
+BATCHED = "+batch"  # behind a transport's name: with commands for many tags at once
 TRANSPORTS = {
     "copy": native.TRANSPORT_COPY,
     "user-copy": native.TRANSPORT_USER_COPY,
     "zero-copy": native.TRANSPORT_ZERO_COPY,
+    "user-copy" + BATCHED: native.TRANSPORT_USER_COPY | native.TRANSPORT_BATCH,
+    "zero-copy" + BATCHED: native.TRANSPORT_ZERO_COPY | native.TRANSPORT_BATCH,
 }
 # What each takes of the driver. Zero copy falls back to user copy for a request that can't be registered.
 TRANSPORT_FLAGS = {
@@ -26,6 +29,7 @@ TRANSPORT_FLAGS = {
     "user-copy": uapi.F_USER_COPY,
     "zero-copy": uapi.F_USER_COPY | uapi.F_AUTO_BUF_REG,
 }
+TRANSPORT_FLAGS |= {name + BATCHED: TRANSPORT_FLAGS[name] | uapi.F_BATCH_IO for name in ("user-copy", "zero-copy")}
 
 # What each --on-crash takes of the driver, beside USER_RECOVERY itself.
 CRASH_FLAGS = {
@@ -38,14 +42,43 @@ CRASH_FLAGS = {
 def choose_transport(spec: DeviceSpec, target: ControlTarget, features: Features) -> str:
     """The transport's name: the one asked for, else the target's best that this driver has."""
     possible = [t for t in target.transports if TRANSPORT_FLAGS[t] & ~features == 0]
-    if spec.transport == "auto":
-        return possible[0]
-    if spec.transport not in possible:
+    if spec.transport not in ("auto", *possible):
         raise UsageError(
             f"the transport {spec.transport} can't be had for {spec.target} on this driver",
             hint=f"there is {' and '.join(possible)}",
         )
-    return spec.transport
+    transport = possible[0] if spec.transport == "auto" else spec.transport
+    return transport + BATCHED if _batched(spec, target, transport, features) else transport
+
+
+def _batched(spec: DeviceSpec, target: ControlTarget, transport: str, features: Features) -> bool:
+    """Whether commands are for many tags at once."""
+    if spec.batch == "off":
+        return False
+    lacking = why_not_batched(transport, on_crash(spec, target), bool(uapi.F_BATCH_IO & features))
+    if lacking and spec.batch == "on":
+        raise UsageError(f"--batch on can't be had: {lacking}", hint="leave it out")
+    return not lacking
+
+
+def why_not_batched(transport: str, policy: str, offered: bool) -> str:
+    """What a transport of this name (and --on-crash policy) has against commands for many tags at once, or nothing."""
+    if not offered:
+        return "the driver has no BATCH_IO (Linux 7.0)"
+    if transport + BATCHED not in TRANSPORTS:
+        return f"the transport is {transport}"
+    if policy != "requeue":
+        # When a server ends, the driver fails requests that it has not brought to it yet like those that it has.
+        return f"--on-crash is {policy}, and even an upgrade would fail requests"
+    return ""
+
+
+def about_batch(flags: int, transport: str, policy: str, asked: str) -> str:
+    """Whether a device that was granted flags has commands for many requests at once, and why; asked: its setting."""
+    if flags & uapi.F_BATCH_IO:
+        return "on: the driver takes and brings many requests at once" + (" (--batch on)" if asked == "on" else "")
+    why = "--batch is off" if asked == "off" else why_not_batched(transport, policy, offered=True)
+    return f"off: {why or why_not_batched(transport, policy, offered=False)}"
 
 
 def transport_of(flags: int) -> str:
@@ -87,6 +120,10 @@ def _recovery_flags(spec: DeviceSpec, target: ControlTarget, features: Features)
 def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, features: Features) -> int:
     """UBLK_F_* for ADD_DEV; target is open. What a driver that can't be asked drops is seen in its answer."""
     flags = uapi.F_CMD_IOCTL_ENCODE | TRANSPORT_FLAGS[transport] | _recovery_flags(spec, target, features)
+    if flags & uapi.F_BATCH_IO:
+        # 7.2 cancels a quiesced queue's FETCH as if the device were stopped: until the next server is there new
+        # requests would fail (ublk_batch_cancel_queue sets force_abort). The workers drain instead.
+        flags &= ~uapi.F_QUIESCE
     if not spec.partscan:
         if not features.has("NO_AUTO_PART_SCAN"):
             raise UsageError(
