@@ -244,6 +244,11 @@ def adopt_orphans() -> None:
     _check(lib.ublkd_adopt_orphans())
 
 
+def be_batch_task() -> None:
+    """SCHED_BATCH, with turns of a length that lets who submits requests finish his own; OSError if not allowed."""
+    _check(lib.ublkd_be_batch_task())
+
+
 def be_io_flusher() -> None:
     """PR_SET_IO_FLUSHER; OSError where the process lacks CAP_SYS_RESOURCE."""
     _check(lib.ublkd_be_io_flusher())

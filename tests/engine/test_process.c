@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What a worker does to its process. */
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -36,6 +37,14 @@ static void test_title(void)
 	ublkd_set_title("again");
 	read_file("/proc/self/cmdline", cmdline, sizeof(cmdline));
 	CHECK(!strcmp(cmdline, "again"));
+}
+
+static void test_batch_task(void)
+{
+	if (ublkd_be_batch_task() < 0)
+		CHECK_EQ(errno, EPERM); /* in some containers */
+	else
+		CHECK_EQ(sched_getscheduler(0), SCHED_BATCH);
 }
 
 /* A child waits in the pipe for the death of its parent, which dies before it could have said goodbye. */
@@ -79,6 +88,7 @@ int main(void)
 {
 	CHECK(ublkd_last_error());
 	test_title();
+	test_batch_task();
 	test_die_with_parent();
 	return 0;
 }

@@ -145,6 +145,8 @@ void ublkd_set_title(const char *title);
 int ublkd_die_with_parent(int parent_pid);
 /* Be the parent of grandchildren whose parent ends. */
 int ublkd_adopt_orphans(void);
+/* Be woken without pushing the running task aside, and see the requests of its whole turn together. */
+int ublkd_be_batch_task(void);
 /* Memory that this process allocates while serving must not wait for its own disk to take dirty pages. */
 int ublkd_be_io_flusher(void);
 /*

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -14,6 +15,12 @@
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
 #endif
+
+/*
+ * The scheduler's own choice goes up with the number of CPUs, from 0.7 ms to 2.8 at 8. With the short one the tasks of
+ * our CPU take turns in the middle of a queue's worth of requests. Before Linux 6.12 it is ignored.
+ */
+#define SLICE_NS 3000000
 
 void ublkd_set_title(const char *title)
 {
@@ -61,6 +68,22 @@ int ublkd_be_io_flusher(void)
 {
 	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0)
 		return ublkd_error(-errno, "prctl(PR_SET_IO_FLUSHER): %s", strerror(errno));
+	return 0;
+}
+
+int ublkd_be_batch_task(void)
+{
+	/* struct sched_attr, whose header does not go together with the C library's. */
+	struct {
+		uint32_t size, policy;
+		uint64_t flags;
+		int32_t nice;
+		uint32_t priority;
+		uint64_t runtime, deadline, period;
+	} attr = { .size = sizeof(attr), .policy = SCHED_BATCH, .runtime = SLICE_NS };
+
+	if (syscall(SYS_sched_setattr, 0, &attr, 0) < 0)
+		return ublkd_error(-errno, "sched_setattr: %s", strerror(errno));
 	return 0;
 }
 

@@ -69,7 +69,7 @@ def _settle(plan: WorkerPlan) -> None:
     # Our CPU is the one that submits to our queue: woken for each request we would push the submitter aside, and
     # never see more than one at a time. A batch task waits for its turn.
     with suppress(OSError):  # some containers forbid it, and it is only speed
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        native.be_batch_task()
 
 
 def _serve(plan: WorkerPlan) -> None:
