@@ -112,6 +112,30 @@ class Loop(Ublkd):
         return ["loop", lab.backing_file("ublkd.img"), "--direct"]
 
 
+class NullByOne(NullNoZero):
+    name = "null-by-one"
+    title = "ublkd null --no-zero --batch off"
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        return [*super().arguments(lab), "--batch", "off"]
+
+
+class MemoryByOne(Memory):
+    name = "memory-by-one"
+    title = "ublkd memory --batch off"
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        return [*super().arguments(lab), "--batch", "off"]
+
+
+class LoopByOne(Loop):
+    name = "loop-by-one"
+    title = "ublkd loop --batch off, direct, on ext4 on brd"
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        return ["loop", lab.backing_file("by-one.img"), "--direct", "--batch", "off"]
+
+
 class PythonRam(Ublkd):
     name = "python"
     title = "ublkd python, configs/examples/ram_disk.py"
@@ -215,5 +239,18 @@ class NbdkitPython(Subject):
 
 SUBJECTS: dict[str, type[Subject]] = {
     subject.name: subject
-    for subject in (Null, NullNoZero, NullBlk, Memory, Brd, Loop, KernelLoop, PythonRam, NbdkitPython)
+    for subject in (
+        Null,
+        NullNoZero,
+        NullByOne,
+        NullBlk,
+        Memory,
+        MemoryByOne,
+        Brd,
+        Loop,
+        LoopByOne,
+        KernelLoop,
+        PythonRam,
+        NbdkitPython,
+    )
 }

@@ -161,7 +161,7 @@ class Lab:
         if not self._has_brd:
             if module_loaded("brd"):
                 raise BenchError("brd is in use: rmmod brd, or choose --targets that need none")
-            size = 2 * self.span + self.span // 8 + 64 * MIB  # two backing files and what ext4 needs
+            size = 3 * self.span + self.span // 8 + 64 * MIB  # three backing files and what ext4 needs
             self.module("brd", "rd_nr=2", f"rd_size={size // 1024}", "max_part=0")
             self._has_brd = True
         return f"/dev/ram{number}"
