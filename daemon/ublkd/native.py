@@ -193,11 +193,12 @@ class Queue:
         shm: Any,
         target: EngineTarget,
         wake_fd: int = -1,
+        poll_us: int = 0,
     ) -> None:
         """shm is the writable mapping of the statistics segment, or None."""
         params = ffi.new("struct ublkd_queue_params *")
         params.cdev_fd, params.wake_fd, params.qid, params.depth = cdev_fd, wake_fd, qid, depth
-        params.max_io_bytes, params.transport = max_io_bytes, transport
+        params.max_io_bytes, params.transport, params.poll_us = max_io_bytes, transport, poll_us
         params.dev_bytes, params.cmdbuf = dev_bytes, cmdbuf.ptr
         view = None if shm is None else ffi.from_buffer(shm, require_writable=True)
         params.shm = ffi.NULL if view is None else view

@@ -6,12 +6,13 @@ from __future__ import annotations
 import errno
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lib.device import Device, cli
-from lib.tools import BLKDISCARD, MIB, fio, forget, has, over_range, pread, pwrite
+from lib.tools import BLKDISCARD, MIB, fio, forget, has, over_range, pread, pwrite, read
 
 from ublkd.errors import UblkdError
 
@@ -86,6 +87,31 @@ def test_batch_that_can_not_be_had(settings: dict[str, object], why: str, serve:
 
 def test_written_data_is_found_again_by_batches(serve: Callable[..., Device]) -> None:
     write_and_find(serve("python", BATCHES, size=SIZE))
+
+
+def test_workers_that_poll(serve: Callable[..., Device]) -> None:
+    """They find requests without a sleep, and one that has nothing to do for long sleeps all the same."""
+    device = serve("memory", size=SIZE, poll=2000)
+    write_and_find(device)
+    assert 0 < device.word("polled") < device.word("passes")
+    time.sleep(1)
+    before = device.word("passes")
+    ticks = [cpu_ticks(pid) for pid in device.workers()]
+    time.sleep(3)
+    assert [cpu_ticks(pid) for pid in device.workers()] == ticks, "an idle worker takes CPU time"
+    assert device.word("passes") == before
+    done = cli("upgrade", device.id, "--poll", "0", "--start-timeout", "120")
+    assert done.status == 0, done.err
+    device.supervisor = device.record["supervisor"]["pid"]
+    polled = device.word("polled")
+    pwrite(device.path, b"slept", 0)
+    forget(device.path)
+    assert pread(device.path, 5, 0) == b"slept" and device.word("polled") == polled
+
+
+def cpu_ticks(pid: int) -> int:
+    """CPU time that a process has had."""
+    return sum(int(field) for field in read(f"/proc/{pid}/stat").rpartition(")")[2].split()[11:13])
 
 
 def same(one: str, other: str, at: int) -> bool:

@@ -464,6 +464,18 @@ class DeviceSpec:
         flags=("--batch",),
         metavar="HOW",
     )
+    poll: int = setting(
+        Number,
+        0,
+        "A worker with nothing to do looks for requests this long before it sleeps, as long as they come that close "
+        "together: latency for CPU time. Only for CPUs that nothing else needs; 0 is off.",
+        0,
+        10000,
+        unit="microseconds",
+        flags=("--poll",),
+        metavar="US",
+        scope="hot",
+    )
     zero: bool = setting(
         Switch,
         True,

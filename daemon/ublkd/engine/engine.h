@@ -53,6 +53,7 @@ struct ublkd_queue_params {
 	uint16_t depth;       /* tags, 1..4096 */
 	uint32_t max_io_bytes;
 	uint32_t transport;   /* UBLKD_TRANSPORT_* */
+	uint32_t poll_us;     /* stay awake this long when there is nothing to do; 0: sleep at once */
 	uint64_t dev_bytes;   /* device size, bytes, for the range check if shm is NULL */
 	const void *cmdbuf;   /* the queue's mapped command buffer */
 	void *shm;            /* the mapped statistics segment (layout.h), or NULL: none kept */

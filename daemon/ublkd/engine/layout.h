@@ -63,7 +63,7 @@ struct ublkd_shm_queue {
 	uint64_t run_returns;    /* times ublkd_queue_run() went back to its caller */
 	uint64_t retries;        /* transfers continued or issued again */
 	uint64_t stage;          /* enum ublkd_shm_stage */
-	uint64_t fetched;        /* 0 before, 1 while, 2 after this worker first fetched its tags */
+	uint64_t polled;         /* passes that began without a sleep, for --poll */
 	uint64_t reserved[5];
 	struct ublkd_shm_counters op[UBLKD_SHM_NR_OPS];
 };

@@ -174,6 +174,7 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 	q->target = target;
 	q->iods = params->cmdbuf;
 	q->ring.ring_fd = -1;
+	q->wait.most_ns = q->wait.next_ns = params->poll_us * 1000ull;
 	target->sv = &ublkd_services;
 
 	err = attach_shm(q);
@@ -184,7 +185,7 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 		goto fail;
 	/* Room for every tag's command and target I/O at once, the wake poll, and what a transport has of its own. */
 	entries = params->depth * (1 + target->ops->sqes_per_io) + 1 + UBLKD_TRANSPORT_CQES;
-	err = ublkd_ring_init(&q->ring, params->depth + 1, entries, 0);
+	err = ublkd_ring_init(&q->ring, params->depth + 1, entries, params->poll_us ? IORING_SETUP_TASKRUN_FLAG : 0);
 	if (err < 0) {
 		q->ring.ring_fd = -1;
 		goto fail;
@@ -333,7 +334,7 @@ static int queue_pass(struct ublkd_queue *q)
 
 	arm_wake(q);
 	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_WAITING);
-	ret = io_uring_submit_and_wait(&q->ring, 1);
+	ret = ublkd_wait(q);
 	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_ENGINE);
 	if (ret < 0 && ret != -EINTR && ret != -EAGAIN && ret != -EBUSY)
 		return ublkd_error(ret, "queue %u: io_uring_enter: %s", q->p.qid, strerror(-ret));
@@ -362,14 +363,12 @@ int ublkd_queue_fetch(struct ublkd_queue *q)
 		return 0;
 	q->armed = true;
 	/* Submitted in one call, which no signal interrupts: a worker that is killed has fetched all of its tags or none. */
-	ublkd_stat_set(&q->shm->fetched, 1);
 	ret = q->tp->arm(q);
 	if (ret < 0)
 		return ret;
 	ret = io_uring_submit(&q->ring);
 	if (ret < 0)
 		return ublkd_error(ret, "queue %u: cannot fetch: %s", q->p.qid, strerror(-ret));
-	ublkd_stat_set(&q->shm->fetched, 2);
 	return 0;
 }
 

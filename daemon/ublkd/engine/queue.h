@@ -12,6 +12,7 @@
 #include "transport.h"
 #include "ublk.h"
 #include "userdata.h"
+#include "wait.h"
 
 enum ublkd_io_state {
 	UBLKD_IO_DRIVER, /* the driver has the tag */
@@ -54,6 +55,7 @@ struct ublkd_queue {
 	bool wake_armed;
 	bool woken;
 	bool opened;
+	struct ublkd_wait wait;
 	struct ublkd_batch *batch;
 	struct ublkd_queue_params p;
 	struct ublkd_buffers buffers;

@@ -29,6 +29,9 @@ int ublkd_ring_init(struct io_uring *ring, unsigned sq, unsigned cq, unsigned ex
 
 		memset(&p, 0, sizeof(p));
 		p.flags = setup_flags[i] | extra_flags | IORING_SETUP_CQSIZE;
+		/* Without the others task work is done by interrupt, and this one is refused. */
+		if (!setup_flags[i])
+			p.flags &= ~IORING_SETUP_TASKRUN_FLAG;
 		p.cq_entries = cq;
 		ret = io_uring_queue_init_params(sq, ring, &p);
 		if (ret != -EINVAL)

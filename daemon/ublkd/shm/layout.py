@@ -26,9 +26,8 @@ QUEUE_WORDS = (
     "run_returns",
     "retries",
     "stage",
-    "fetched",
+    "polled",
 )
-FETCHED_WORD, FETCHED = QUEUE_WORDS.index("fetched"), 2
 # enum ublkd_shm_stage
 STAGE_WAITING, STAGE_ENGINE, STAGE_PYTHON = range(3)
 QUEUE_HEAD_WORDS = 16

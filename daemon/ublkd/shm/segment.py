@@ -95,12 +95,6 @@ class Segment:
         values = struct.unpack_from(f"<{len(layout.QUEUE_WORDS)}Q", self.buf, at)
         return dict(zip(layout.QUEUE_WORDS, values, strict=True))
 
-    def clear_fetched(self, queues: int) -> None:
-        """Before new workers: none of them has fetched."""
-        for qid in range(queues):
-            at = layout.HEADER_BYTES + qid * layout.SLOT_BYTES + layout.FETCHED_WORD * 8
-            struct.pack_into("<Q", self.buf, at, 0)
-
     def errors(self, op: str, queues: int) -> int:
         """Requests of one kind that failed, over all queues."""
         place = layout.QUEUE_HEAD_WORDS + layout.OPS.index(op) * layout.COUNTER_WORDS + 2

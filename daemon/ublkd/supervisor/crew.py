@@ -151,6 +151,7 @@ class Crew:
             depth=device.info.depth,
             max_io_bytes=device.info.max_io_bytes,
             transport=create.TRANSPORTS[device.transport],
+            poll_us=device.spec.poll,
             dev_bytes=device.limits.size,
             cmdbufs=cmdbufs,
             shm=device.segment.buf,

@@ -32,6 +32,7 @@ class WorkerPlan(NamedTuple):
     depth: int
     max_io_bytes: int
     transport: int
+    poll_us: int
     dev_bytes: int
     cmdbufs: dict[int, native.CommandBuffer]
     shm: Any
@@ -80,6 +81,7 @@ def _serve(plan: WorkerPlan) -> None:
         depth=plan.depth,
         max_io_bytes=plan.max_io_bytes,
         transport=plan.transport,
+        poll_us=plan.poll_us,
         dev_bytes=plan.dev_bytes,
         cmdbuf=plan.cmdbufs[plan.qid],
         shm=plan.shm,
