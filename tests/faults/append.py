@@ -117,19 +117,19 @@ class FileLog(Log):
         path, place = self._path(number), number % PER_FILE
         if self._fds is None or place == 0:
             self.close()
-            fresh = not path.exists()
             plain = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             # what follows the last good record was never acknowledged
             os.ftruncate(plain, place * RECORD)
             self._fds = plain, os.open(path, os.O_WRONLY | os.O_DSYNC)
-            if fresh:
+            if place == 0:
                 os.fsync(plain)
                 directory = os.open(self._directory, os.O_RDONLY)
                 os.fsync(directory)
                 os.close(directory)
-                old = self._path(number - FILES * PER_FILE)
-                if number >= FILES * PER_FILE and old.exists():
-                    old.unlink()
+                # All of them: this may have been cut short here the last time.
+                for old in self._directory.glob("log-*"):
+                    if old < self._path(number - (FILES - 1) * PER_FILE):
+                        old.unlink()
         plain, synced = self._fds
         data = record(self.subject, number)
         os.pwrite(synced if number % 3 == 1 else plain, data, place * RECORD)
@@ -137,7 +137,6 @@ class FileLog(Log):
             os.fdatasync(plain)
         elif number % 3 == 2:
             os.fsync(plain)
-
 
     def close(self) -> None:
         """Let go of the file."""
