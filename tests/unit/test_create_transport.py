@@ -49,7 +49,7 @@ def test_choice(features: int, transports: tuple[str, ...], settings: dict[str, 
     # A quiesced device with batches would fail requests.
     assert not (flags & uapi.F_BATCH_IO and flags & uapi.F_QUIESCE)
     assert create.transport_of(flags) == wanted
-    said = create.about_batch(flags, transport, create.policy_of(flags), settings.get("batch", "auto"))
+    said = create.about_batch(flags, transport, create.policy_of(flags), settings.get("batch", "auto"), features == NEW)
     assert said.startswith("on: " if wanted.endswith("+batch") else "off: ")
 
 
@@ -65,5 +65,6 @@ def test_asked_for_in_vain(features: int, settings: dict[str, Any], why: str) ->
     with pytest.raises(UsageError, match=f"--batch on can't be had: {why}"):
         choose(features, RAM, batch="on", **settings)
     transport, flags = choose(features, RAM, **settings)
-    assert create.about_batch(flags, transport, create.policy_of(flags), "auto").startswith(f"off: {why}")
-    assert create.about_batch(flags, transport, create.policy_of(flags), "off") == "off: --batch is off"
+    about = (flags, transport, create.policy_of(flags))
+    assert create.about_batch(*about, "auto", features == NEW).startswith(f"off: {why}")
+    assert create.about_batch(*about, "off", features == NEW) == "off: --batch is off"

@@ -76,6 +76,7 @@ def verb_show(device: int, as_json: bool) -> None:
 def _batch(d: dict[str, Any]) -> str | None:
     """Whether and why a device of ours has commands for many requests at once."""
     from ublkd import inventory
+    from ublkd.control.commands import Control
     from ublkd.supervisor import create
 
     if d["owner"] != "ublkd" or d["flags"] is None or not d.get("on_crash"):
@@ -84,7 +85,9 @@ def _batch(d: dict[str, Any]) -> str | None:
     with suppress(inventory.RecordError):
         settings = (inventory.read_record(d["id"]) or {}).get("settings")
     asked = settings.get("batch") if isinstance(settings, dict) else None
-    return create.about_batch(d["flags"], d["transport"], d["on_crash"], str(asked))
+    with Control() as ctl:
+        offered = ctl.get_features().has("BATCH_IO")
+    return create.about_batch(d["flags"], d["transport"], d["on_crash"], str(asked), offered)
 
 
 @click.command(

@@ -73,12 +73,15 @@ def why_not_batched(transport: str, policy: str, offered: bool) -> str:
     return ""
 
 
-def about_batch(flags: int, transport: str, policy: str, asked: str) -> str:
-    """Whether a device that was granted flags has commands for many requests at once, and why; asked: its setting."""
+def about_batch(flags: int, transport: str, policy: str, asked: str, offered: bool) -> str:
+    """Whether a device that was granted flags has commands for many requests at once, and why.
+
+    asked: its setting; offered: the driver has them.
+    """
     if flags & uapi.F_BATCH_IO:
         return "on: the driver takes and brings many requests at once" + (" (--batch on)" if asked == "on" else "")
-    why = "--batch is off" if asked == "off" else why_not_batched(transport, policy, offered=True)
-    return f"off: {why or why_not_batched(transport, policy, offered=False)}"
+    why = "--batch is off" if asked == "off" else why_not_batched(transport, policy, offered)
+    return f"off: {why or 'it was made by a version without them'}"
 
 
 def transport_of(flags: int) -> str:
