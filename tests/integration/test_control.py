@@ -350,12 +350,11 @@ def test_stop_that_hangs_is_abandoned(ctl: Control, serve: Callable[..., Server]
         finally:
             os._exit(0)
     inflight = pathlib.Path(f"/sys/block/ublkb{dev_id}/inflight")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while inflight.read_text().split()[0] == "0":
-        assert time.monotonic() < deadline
-    begun = time.monotonic()
+        assert time.monotonic() < deadline, "the read is not under way"
+        time.sleep(0.01)
     assert refusal(lambda: ctl.stop_dev(dev_id, timeout=0.3)) == errno.ETIMEDOUT
-    assert time.monotonic() - begun < 5
     server.kill()
     os.waitpid(reader, 0)
     wait_for_state(ctl, dev_id, uapi.STATE_DEAD)
