@@ -112,28 +112,28 @@ class Loop(Ublkd):
         return ["loop", lab.backing_file("ublkd.img"), "--direct"]
 
 
-class NullByOne(NullNoZero):
-    name = "null-by-one"
-    title = "ublkd null --no-zero --batch off"
+class NullBatched(NullNoZero):
+    name = "null-batched"
+    title = "ublkd null --no-zero --batch on"
 
     def arguments(self, lab: Lab) -> list[str | Path]:
-        return [*super().arguments(lab), "--batch", "off"]
+        return [*super().arguments(lab), "--batch", "on"]
 
 
-class MemoryByOne(Memory):
-    name = "memory-by-one"
-    title = "ublkd memory --batch off"
-
-    def arguments(self, lab: Lab) -> list[str | Path]:
-        return [*super().arguments(lab), "--batch", "off"]
-
-
-class LoopByOne(Loop):
-    name = "loop-by-one"
-    title = "ublkd loop --batch off, direct, on ext4 on brd"
+class MemoryBatched(Memory):
+    name = "memory-batched"
+    title = "ublkd memory --batch on"
 
     def arguments(self, lab: Lab) -> list[str | Path]:
-        return ["loop", lab.backing_file("by-one.img"), "--direct", "--batch", "off"]
+        return [*super().arguments(lab), "--batch", "on"]
+
+
+class LoopBatched(Loop):
+    name = "loop-batched"
+    title = "ublkd loop --batch on, direct, on ext4 on brd"
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        return ["loop", lab.backing_file("batched.img"), "--direct", "--batch", "on"]
 
 
 class PythonRam(Ublkd):
@@ -242,13 +242,13 @@ SUBJECTS: dict[str, type[Subject]] = {
     for subject in (
         Null,
         NullNoZero,
-        NullByOne,
+        NullBatched,
         NullBlk,
         Memory,
-        MemoryByOne,
+        MemoryBatched,
         Brd,
         Loop,
-        LoopByOne,
+        LoopBatched,
         KernelLoop,
         PythonRam,
         NbdkitPython,

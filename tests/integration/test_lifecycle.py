@@ -176,7 +176,7 @@ def test_list_and_show(serve: Callable[..., Device], image: Callable[..., Path])
     assert {key: entry[key] for key in expected} == expected
     assert [(w["queue"], w["pid"]) for w in entry["workers"]] == list(enumerate(loop.workers()))
     shown = as_json("show", loop.path)
-    assert shown.pop("batch").startswith("on: " if has("BATCH_IO") else "off: ")
+    assert shown.pop("batch").startswith("off: ")
     assert shown == entry
     table = cli("list").out
     assert table.count("\n") == 3 and all(word in table for word in (loop.path, "/dev/ublkb9", "64 MiB", str(backing)))
@@ -394,7 +394,6 @@ def test_dry_run_makes_nothing(image: Callable[..., Path]) -> None:
     plan = as_json("run", "loop", backing, "-q", 4, "--dry-run")
     assert plan["target"] == "loop" and plan["size"] == 64 * MIB and plan["queues"] == 4
     assert plan["direct"] and len(plan["cpus"]) == 4
-    best = "zero-copy" if has("AUTO_BUF_REG") else "copy"
-    assert plan["transport"] == best + ("+batch" if has("BATCH_IO") else "")
+    assert plan["transport"] == ("zero-copy" if has("AUTO_BUF_REG") else "copy")
     assert leaks.find() == []
     assert pread(backing, 4096, 0) == bytes(4096)

@@ -95,20 +95,13 @@ def make(target: str, serve: Callable[..., Device], image: Callable[..., Path], 
 
 
 @pytest.mark.parametrize(
-    ("policy", "target", "batch"),
-    [
-        ("requeue", "loop", "auto"),
-        ("requeue", "loop", "off"),
-        ("requeue", "memory", "auto"),
-        ("requeue", "python", "auto"),
-        ("fail", "memory", "auto"),
-        ("fail", "loop", "auto"),
-    ],
+    ("policy", "target"),
+    [("requeue", "loop"), ("requeue", "memory"), ("requeue", "python"), ("fail", "memory"), ("fail", "loop")],
 )
 def test_users_notice_nothing(
-    policy: str, target: str, batch: str, serve: Callable[..., Device], image: Callable[..., Path]
+    policy: str, target: str, serve: Callable[..., Device], image: Callable[..., Path]
 ) -> None:
-    device = make(target, serve, image, on_crash=policy, batch=batch, hang_timeout=30)
+    device = make(target, serve, image, on_crash=policy, hang_timeout=30)
     with verifying(device):
         before, workers = device.ios("write"), device.workers()
         upgrade(device)

@@ -30,11 +30,12 @@ def choose(features: int, transports: tuple[str, ...], idempotent: bool = True, 
 @pytest.mark.parametrize(
     ("features", "transports", "settings", "wanted"),
     [
-        (NEW, LOOP, {}, "zero-copy+batch"),
-        (NEW, RAM, {}, "user-copy+batch"),
+        (NEW, LOOP, {}, "zero-copy"),
+        (NEW, LOOP, {"batch": "on"}, "zero-copy+batch"),
+        (NEW, RAM, {}, "user-copy"),
         (NEW, RAM, {"batch": "on"}, "user-copy+batch"),
         (NEW, RAM, {"batch": "off"}, "user-copy"),
-        (NEW, LOOP, {"transport": "user-copy"}, "user-copy+batch"),
+        (NEW, LOOP, {"transport": "user-copy", "batch": "on"}, "user-copy+batch"),
         (NEW, LOOP, {"transport": "copy"}, "copy"),
         (NEW, RAM, {"on_crash": "fail"}, "user-copy"),
         (NEW, RAM, {"idempotent": False}, "user-copy"),
@@ -49,7 +50,7 @@ def test_choice(features: int, transports: tuple[str, ...], settings: dict[str, 
     # A quiesced device with batches would fail requests.
     assert not (flags & uapi.F_BATCH_IO and flags & uapi.F_QUIESCE)
     assert create.transport_of(flags) == wanted
-    said = create.about_batch(flags, transport, create.policy_of(flags), settings.get("batch", "auto"), features == NEW)
+    said = create.about_batch(flags, transport, create.policy_of(flags), settings.get("batch", "off"), features == NEW)
     assert said.startswith("on: " if wanted.endswith("+batch") else "off: ")
 
 
@@ -66,5 +67,5 @@ def test_asked_for_in_vain(features: int, settings: dict[str, Any], why: str) ->
         choose(features, RAM, batch="on", **settings)
     transport, flags = choose(features, RAM, **settings)
     about = (flags, transport, create.policy_of(flags))
-    assert create.about_batch(*about, "auto", features == NEW).startswith(f"off: {why}")
+    assert create.about_batch(*about, "on", features == NEW).startswith(f"off: {why}")
     assert create.about_batch(*about, "off", features == NEW) == "off: --batch is off"

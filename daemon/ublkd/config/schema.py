@@ -453,14 +453,10 @@ class DeviceSpec:
     )
     batch: str = setting(
         Choice,
-        "auto",
+        "off",
         "Commands for many requests at once between kernel and worker (Linux 7.0): faster with several requests "
-        "in flight, slower with one.",
-        {
-            "auto": "where the driver has them, the transport is user-copy or zero-copy, and --on-crash is requeue",
-            "on": "or fail",
-            "off": "a command for each request",
-        },
+        "in flight, slower with one. Not for live upgrades yet: one under load failed on Linux 7.2.",
+        {"off": "a command for each request", "on": "for many; needs user-copy or zero-copy, and --on-crash requeue"},
         flags=("--batch",),
         metavar="HOW",
     )

@@ -56,9 +56,9 @@ def _batched(spec: DeviceSpec, target: ControlTarget, transport: str, features: 
     if spec.batch == "off":
         return False
     lacking = why_not_batched(transport, on_crash(spec, target), bool(uapi.F_BATCH_IO & features))
-    if lacking and spec.batch == "on":
+    if lacking:
         raise UsageError(f"--batch on can't be had: {lacking}", hint="leave it out")
-    return not lacking
+    return True
 
 
 def why_not_batched(transport: str, policy: str, offered: bool) -> str:
