@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Commands for many tags at once: what they may look like, and what becomes of a driver that does not do as told. */
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "fake.h"
-
 
 enum { N = 1000 };
 
@@ -155,6 +155,46 @@ static void test_gone_with_requests_in_hand(void)
 	fake_free(f);
 }
 
+/* Where a process that we fork has its lists of tags. */
+static uintptr_t place_in_child(void)
+{
+	struct fake *f = fake_new(1 << 20);
+	struct ublkd_target *target = null_target();
+	uintptr_t place;
+	int fds[2], status;
+	pid_t pid;
+
+	CHECK_SYS(pipe(fds));
+	pid = (pid_t)CHECK_SYS(fork());
+	if (!pid) {
+		if (fake_open(f, &ublkd_transport_batch_user_copy, target) < 0 || ublkd_queue_fetch(f->q) < 0)
+			_exit(1);
+		place = (uintptr_t)f->batch.ring->bufs[0].addr;
+		_exit(write(fds[1], &place, sizeof(place)) != sizeof(place));
+	}
+	CHECK_EQ(read(fds[0], &place, sizeof(place)), sizeof(place));
+	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	CHECK_EQ(status, 0);
+	close(fds[0]);
+	close(fds[1]);
+	ublkd_target_destroy(target);
+	fake_free(f);
+	return place;
+}
+
+/* A kernel thread may write there when the process has ended, whoever's memory it then has before it. */
+static void test_places_of_lists(void)
+{
+	const uintptr_t one = place_in_child(), two = place_in_child();
+	void *usual = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(usual != MAP_FAILED);
+	CHECK(one != two);
+	/* Nor near to what programs have by themselves. */
+	CHECK((one ^ (uintptr_t)usual) >> 40 && (one ^ (uintptr_t)malloc) >> 40);
+	munmap(usual, 4096);
+}
+
 int main(void)
 {
 	static const uint16_t depths[] = { 1, 2, 3, 59, 60, 61, 64, 128, 129, 1000, 4096 };
@@ -165,5 +205,6 @@ int main(void)
 	test_errors();
 	test_false_tags();
 	test_gone_with_requests_in_hand();
+	test_places_of_lists();
 	return 0;
 }

@@ -9,9 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 
 #include "dispatch.h"
 #include "error.h"
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 
 #ifndef IORING_URING_CMD_MULTISHOT
 #define IORING_URING_CMD_MULTISHOT (1U << 1)
@@ -109,6 +114,33 @@ static void provide(struct ublkd_batch *b, unsigned id)
 	io_uring_buf_ring_advance(b->ring, 1);
 }
 
+/*
+ * Where no other process has anything. When a server has ended, Linux 7.2 gives
+ * its FETCH the requests that came meanwhile in a kernel thread, and writes their
+ * tags to our addresses there (ublk_batch_tw_cb, by io_cancel_local_task_work):
+ * into whatever process's memory that thread happens to run on. Workers are
+ * forked from one supervisor, and would all have their buffers at the same place.
+ * Where nothing is, the write fails, and the requests go back to be issued again.
+ */
+static void *map_apart(size_t bytes)
+{
+	/* Between what programs and what the kernel's own choice of addresses use; the second for small address spaces. */
+	static const uint64_t spans[][2] = { { 1ull << 45, 1ull << 45 }, { 1ull << 36, 1ull << 36 } };
+	void *map = MAP_FAILED;
+
+	for (unsigned try = 0; try < 16 && map == MAP_FAILED; try++) {
+		const uint64_t *span = spans[try / 8];
+		uint64_t random;
+		void *at;
+
+		if (getrandom(&random, sizeof(random), 0) != sizeof(random))
+			return MAP_FAILED;
+		at = (void *)(uintptr_t)(span[0] + (random % span[1] & ~0xffffull));
+		map = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	}
+	return map;
+}
+
 static int make_buffers(struct ublkd_queue *q)
 {
 	struct ublkd_batch *b = q->batch;
@@ -122,7 +154,7 @@ static int make_buffers(struct ublkd_queue *q)
 		b->nr_buffers *= 2;
 	ring_bytes = b->nr_buffers * sizeof(struct io_uring_buf);
 	b->map_bytes = ring_bytes + (size_t)b->nr_buffers * b->buffer_tags * sizeof(uint16_t);
-	map = mmap(NULL, b->map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	map = map_apart(b->map_bytes);
 	if (map == MAP_FAILED)
 		return ublkd_error(-ENOMEM, "no memory for lists of tags");
 	b->ring = map;
