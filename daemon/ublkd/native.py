@@ -192,12 +192,16 @@ class Queue:
         cmdbuf: CommandBuffer | NoCommands,
         shm: Any,
         target: EngineTarget,
+        share: int = 0,
+        shares: int = 1,
         wake_fd: int = -1,
         poll_us: int = 0,
     ) -> None:
-        """shm is the writable mapping of the statistics segment, or None."""
+        """shm is the writable mapping of the statistics segment, or None. share: of the tags, each whose number
+        modulo shares is share."""
         params = ffi.new("struct ublkd_queue_params *")
         params.cdev_fd, params.wake_fd, params.qid, params.depth = cdev_fd, wake_fd, qid, depth
+        params.share, params.shares = share, shares
         params.max_io_bytes, params.transport, params.poll_us = max_io_bytes, transport, poll_us
         params.dev_bytes, params.cmdbuf = dev_bytes, cmdbuf.ptr
         view = None if shm is None else ffi.from_buffer(shm, require_writable=True)

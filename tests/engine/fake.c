@@ -19,7 +19,7 @@ static void queue_nop(struct ublkd_queue *q, unsigned tag)
 
 static int fake_arm(struct ublkd_queue *q)
 {
-	for (unsigned tag = 0; tag < q->p.depth; tag++)
+	for (unsigned tag = q->p.share; tag < q->p.depth; tag += q->p.shares)
 		queue_nop(q, tag);
 	return 0;
 }

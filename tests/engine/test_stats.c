@@ -73,7 +73,7 @@ static void test_segment(void)
 		.version = UBLKD_SHM_VERSION,
 		.header_bytes = UBLKD_SHM_HEADER_BYTES,
 		.slot_bytes = sizeof(struct ublkd_shm_queue),
-		.nr_queues = QUEUES,
+		.nr_slots = QUEUES,
 		.dev_bytes = 1 << 20,
 	};
 	slots = (struct ublkd_shm_queue *)((char *)header + UBLKD_SHM_HEADER_BYTES);
@@ -106,6 +106,79 @@ static void test_segment(void)
 	fake_free(f);
 }
 
+/* Workers that share a queue: each has its tags, and a slot of its own. */
+static void test_shares(void)
+{
+	enum { DEPTH = 7, SHARES = 3, N = 100 };
+	const size_t bytes = UBLKD_SHM_HEADER_BYTES + 2 * SHARES * sizeof(struct ublkd_shm_queue);
+	struct ublkd_shm_header *header = aligned_alloc(4096, (bytes + 4095) & ~4095ul);
+	struct ublkd_shm_queue *slots;
+	struct fake_request reqs[N];
+
+	CHECK(header);
+	memset(header, 0, bytes);
+	*header = (struct ublkd_shm_header){
+		.magic = UBLKD_SHM_MAGIC,
+		.version = UBLKD_SHM_VERSION,
+		.header_bytes = UBLKD_SHM_HEADER_BYTES,
+		.slot_bytes = sizeof(struct ublkd_shm_queue),
+		.nr_slots = 2 * SHARES,
+		.dev_bytes = 1 << 20,
+		.shares = SHARES,
+	};
+	slots = (struct ublkd_shm_queue *)((char *)header + UBLKD_SHM_HEADER_BYTES);
+	for (uint16_t share = 0; share < SHARES; share++) {
+		struct ublkd_target *target;
+		struct fake *f = fake_new(0);
+
+		for (int i = 0; i < N; i++)
+			reqs[i] = (struct fake_request){ .op = UBLKD_OP_READ, .sectors = 8 };
+		f->p.shm = header;
+		f->p.qid = 1;
+		f->p.depth = DEPTH;
+		f->p.share = share;
+		f->p.shares = SHARES;
+		CHECK_EQ(ublkd_null_create(&null_config, &target), 0);
+		CHECK_EQ(fake_open(f, &fake_copy, target), 0);
+		CHECK_EQ(fake_run(f, reqs, N), UBLKD_RUN_DONE);
+		for (int tag = 0; tag < DEPTH; tag++)
+			CHECK((f->q->ios[tag].start_ns != 0) == (tag % SHARES == share));
+		CHECK_EQ(slots[SHARES + share].completed, N);
+		fake_close(f);
+		ublkd_target_destroy(target);
+		fake_free(f);
+	}
+	for (int slot = 0; slot < SHARES; slot++)
+		CHECK_EQ(slots[slot].completed, 0);
+	free(header);
+}
+
+static void test_bad_shares(void)
+{
+	static const struct {
+		uint16_t share, shares;
+	} bad[] = { { 2, 2 }, { 0, 5 } };
+	struct ublkd_target *target;
+	struct fake *f = fake_new(1 << 20);
+
+	CHECK_EQ(ublkd_null_create(&null_config, &target), 0);
+	f->p.depth = 4;
+	for (int i = 0; i < 2; i++) {
+		f->p.share = bad[i].share;
+		f->p.shares = bad[i].shares;
+		CHECK_EQ(fake_open(f, &fake_copy, target), -EINVAL);
+		CHECK(strstr(ublkd_last_error(), "share"));
+	}
+	/* The driver brings batches of any tag. */
+	f->p.share = 0;
+	f->p.shares = 2;
+	CHECK_EQ(fake_open(f, &ublkd_transport_batch_user_copy, target), 0);
+	CHECK_EQ(ublkd_queue_fetch(f->q), -EINVAL);
+	fake_close(f);
+	ublkd_target_destroy(target);
+	fake_free(f);
+}
+
 /* The device grows and shrinks while the queue runs: the next request is checked against the new size. */
 static void resize(struct fake *f, struct fake_request *r)
 {
@@ -128,7 +201,7 @@ static void test_resize(void)
 		.version = UBLKD_SHM_VERSION,
 		.header_bytes = UBLKD_SHM_HEADER_BYTES,
 		.slot_bytes = sizeof(struct ublkd_shm_queue),
-		.nr_queues = 1,
+		.nr_slots = 1,
 	};
 	for (int i = 0; i < 3; i++)
 		reqs[i] = (struct fake_request){ .op = UBLKD_OP_READ, .sector = 31, .sectors = 8 };
@@ -151,7 +224,7 @@ static void test_foreign_segment(void)
 		.version = UBLKD_SHM_VERSION,
 		.header_bytes = UBLKD_SHM_HEADER_BYTES,
 		.slot_bytes = sizeof(struct ublkd_shm_queue),
-		.nr_queues = 2,
+		.nr_slots = 2,
 	};
 	struct ublkd_shm_header bad[4] = { header, header, header, header };
 	struct ublkd_target *target;
@@ -160,7 +233,7 @@ static void test_foreign_segment(void)
 	bad[0].magic++;
 	bad[1].version++;
 	bad[2].slot_bytes -= 8;
-	bad[3].nr_queues = 1; /* ours is queue 1 */
+	bad[3].nr_slots = 1; /* ours is queue 1 */
 	CHECK_EQ(ublkd_null_create(&null_config, &target), 0);
 	f->p.qid = 1;
 	for (int i = 0; i < 4; i++) {
@@ -176,6 +249,8 @@ int main(void)
 {
 	test_buckets();
 	test_segment();
+	test_shares();
+	test_bad_shares();
 	test_resize();
 	test_foreign_segment();
 	return 0;

@@ -209,7 +209,7 @@ def test_python_targets(tmp_path: Path) -> None:
     refused(add(f"{TARGETS}:NoRead"), "has no read() method, which every target needs")
     refused(add(f"{TARGETS}:RaisesInPrepare"), "prepare() raised ValueError: no such shelf", "targets.py:")
     refused(add(f"{TARGETS}:RaisesInOpen"), "open() raised", "the vault is closed", "targets.py:")
-    refused(add(f"{TARGETS}:SingleProcess", "-q", 4), "serves one queue, not 4", "multiprocess = True")
+    refused(add(f"{TARGETS}:SingleProcess", "-q", 4), "is served by one process, not 4", "multiprocess = True")
     refused(cli("add", "python", f"{TARGETS}:Disk"), "size")
     nothing_left()
 

@@ -515,7 +515,7 @@ def snap(dev_id: int, now_ns: int, reads: int, start_ns: int = 1) -> dict[str, A
         ops["read"].update(ios=reads, bytes=reads * 4096, lat_ns=reads * 2048)
         ops["read"]["hist"][bucket] = reads
         words = dict.fromkeys(layout.QUEUE_WORDS, 0)
-        queues.append({**words, "queue": queue, "pid": 50 + queue, "in_flight": 3, "ops": ops})
+        queues.append({**words, "queue": queue, "worker": 0, "pid": 50 + queue, "in_flight": 3, "ops": ops})
     return {"id": dev_id, "time_ns": now_ns, "start_ns": start_ns, "size": 1, "depth": 1, "queues": queues}
 
 
@@ -577,6 +577,18 @@ class TestStat:
         assert [row[0] for row in rows[2:6]] == ["queue 0", "queue 1", "read", "total"]
         assert rows[5][1:6] == ["6", "1000", "4.1", "1000", "4.1"]
         assert len({len(line) for line in out.splitlines()[1:6]}) == 1
+
+    def test_workers_that_share_a_queue(self, snaps: list[Any], capsys: Output) -> None:
+        shared = snap(4, 0, 100)
+        for worker, slot in enumerate(shared["queues"]):
+            slot.update(queue=0, worker=worker)
+        snaps += [shared, shared]
+        assert main(["stat", "4"]) == 0
+        names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+        assert names == ["queue 0.0", "queue 0.1"]
+        assert main(["stat", "4", "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert [(q["queue"], q["worker"]) for q in found["queues"]] == [(0, 0), (0, 1)]
 
     def test_all_devices_without_a_number(
         self, snaps: list[Any], devices: dict[int, Any], capsys: Output

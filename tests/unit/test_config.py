@@ -98,6 +98,7 @@ class TestDeviceSpec:
                 {"target": "null", "block_size": 4096, "physical_block_size": 512},
                 "below the logical block size",
             ),
+            ({"target": "null", "depth": 3, "workers_per_queue": 4}, "4 workers can't share a queue that holds 3"),
             ({"target": "null", "cpus": []}, "give CPU numbers and ranges"),
             ({"target": "null", "cpus": [-1]}, "give CPU numbers and ranges"),
             ({"target": "null", "cpus": [True]}, "give CPU numbers and ranges"),
@@ -247,6 +248,8 @@ class TestResolve:
     def test_listed_cpus_give_queues_except_to_python(self) -> None:
         here = sorted(os.sched_getaffinity(0))[0]
         assert loader.resolve({"target": "null", "cpus": [here, here]}).queues == 2
+        assert loader.resolve({"target": "null", "cpus": [here] * 4, "workers_per_queue": 2}).queues == 2
+        assert loader.resolve({"target": "null", "cpus": [here], "workers_per_queue": 2}).queues == 1
         assert loader.resolve({"target": "null", "cpus": [here, here], "queues": 1}).queues == 1
         assert loader.resolve({"target": "python", "file": "a:B", "cpus": [here, here]}).queues == 1
 

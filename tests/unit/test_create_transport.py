@@ -69,3 +69,15 @@ def test_asked_for_in_vain(features: int, settings: dict[str, Any], why: str) ->
     about = (flags, transport, create.policy_of(flags))
     assert create.about_batch(*about, "on", features == NEW).startswith(f"off: {why}")
     assert create.about_batch(*about, "off", features == NEW) == "off: --batch is off"
+
+
+def test_workers_that_share_a_queue() -> None:
+    each_tag = uapi.FLAGS["PER_IO_DAEMON"].value
+    shards = uapi.FLAGS["SHARDS"].value
+    with pytest.raises(UsageError, match="--workers-per-queue needs a driver with PER_IO_DAEMON"):
+        choose(OLD, RAM, workers_per_queue=2)
+    with pytest.raises(UsageError, match="--batch on can't be had: a queue's requests come in batches to one worker"):
+        choose(NEW | each_tag, RAM, workers_per_queue=2, batch="on")
+    # a shard is a queue's, not a worker's
+    assert choose(NEW | each_tag | shards, RAM)[1] & shards
+    assert not choose(NEW | each_tag | shards, RAM, workers_per_queue=2)[1] & shards

@@ -145,7 +145,7 @@ def test_a_target_needs_read():
 
 def test_several_queues_need_multiprocess():
     text = refusal(Disk, size=MIB, queues=4)
-    assert "disk.py:Disk serves one queue, not 4" in text and "multiprocess = True" in text
+    assert "disk.py:Disk is served by one process, not 4" in text and "multiprocess = True" in text
     assert opened(SharedDisk, size=MIB, queues=4)
 
 

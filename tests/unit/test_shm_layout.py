@@ -19,12 +19,14 @@ HEADER_FIELDS = (
     "version",
     "header_bytes",
     "slot_bytes",
-    "nr_queues",
+    "nr_slots",
     "dev_id",
     "depth",
     "supervisor_pid",
     "start_ns",
     "dev_bytes",
+    "shares",
+    "reserved",
 )
 
 SOURCE = """
@@ -97,9 +99,9 @@ def test_constants(clib):
 
 def test_header_fields_are_where_the_format_has_them(clib):
     codes = []
-    for part in ("Q", "I" * 6, "Q" * 3):
+    for part in ("Q", "I" * 6, "Q" * 3, "I" * 2):
         codes += list(part)
-    assert layout.HEADER_FORMAT == "<Q6I3Q"
+    assert layout.HEADER_FORMAT == "<Q6I3Q2I"
     offset = 0
     for name, code in zip(HEADER_FIELDS, codes, strict=True):
         assert getattr(clib, f"header_{name}")() == offset, name

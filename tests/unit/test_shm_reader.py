@@ -41,7 +41,7 @@ def test_fresh_segment(segment):
     snap = reader.snapshot(DEV_ID)
     assert (snap["id"], snap["size"], snap["depth"], len(snap["queues"])) == (DEV_ID, 1 << 30, 64, 2)
     for queue, slot in enumerate(snap["queues"]):
-        assert slot["queue"] == queue
+        assert (slot["queue"], slot["worker"]) == (queue, 0)
         assert slot["in_flight"] == 0
         assert slot["ops"] == {op: reader.zero() for op in layout.OPS}
 
@@ -104,8 +104,35 @@ def test_second_segment_of_a_number_replaces_what_was_left(segment):
         again.buf.release()
 
 
+def test_workers_that_share_queues():
+    made = Segment(DEV_ID, 2, 64, 4096, shares=3)
+    try:
+        put(made, 4, "pid", 11)
+        snap = reader.snapshot(DEV_ID)
+        assert snap["workers_per_queue"] == 3
+        names = [(slot["queue"], slot["worker"]) for slot in snap["queues"]]
+        assert names == [(q, w) for q in (0, 1) for w in range(3)]
+        assert [slot["pid"] for slot in snap["queues"]] == [0, 0, 0, 0, 11, 0]
+        # as many counters, but of other workers
+        again = Segment(DEV_ID, 3, 64, 4096, shares=2, go_on=True)
+        assert reader.snapshot(DEV_ID)["queues"][4]["pid"] == 0
+        put(again, 4, "pid", 12)
+        more = Segment(DEV_ID, 3, 64, 4096, shares=2, go_on=True)
+        assert reader.snapshot(DEV_ID)["queues"][4]["pid"] == 12
+        more.buf.release()
+        again.buf.release()
+    finally:
+        made.unlink()
+        made.buf.release()
+
+
+def test_segment_of_a_version_without_shares(segment):
+    struct.pack_into("<I", segment.buf, struct.calcsize("<Q6I3Q"), 0)
+    assert [(slot["queue"], slot["worker"]) for slot in reader.snapshot(DEV_ID)["queues"]] == [(0, 0), (1, 0)]
+
+
 def header(version):
-    return struct.pack(layout.HEADER_FORMAT, layout.MAGIC, version, 4096, layout.SLOT_BYTES, 1, *[0] * 5)
+    return struct.pack(layout.HEADER_FORMAT, layout.MAGIC, version, 4096, layout.SLOT_BYTES, 1, *[0] * 7)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 
 from ublkd.shm import layout
 from ublkd.supervisor import watchdog
+from ublkd.supervisor.child import Post
 from ublkd.supervisor.watchdog import Finding, Watchdog
 
 
 class World:
     """One worker, its words in shared memory, its state in /proc, and the time."""
 
-    qid, pid = 0, 77
+    post, pid = Post(1, 1, 2), 77
 
     def __init__(self, proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -41,8 +42,8 @@ class World:
         if self.sound:
             self.slot["heartbeat_ns"] += 1
 
-    def words(self, qid: int) -> dict[str, int]:
-        assert qid == self.qid
+    def words(self, slot: int) -> dict[str, int]:
+        assert slot == 3
         return dict(self.slot)
 
     def watch(self, dog: Watchdog, seconds: float) -> list[Finding]:

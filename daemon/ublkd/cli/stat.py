@@ -88,7 +88,7 @@ def _summary(snap: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]
         seconds = (time.time_ns() - snap["start_ns"]) / 1e9
     queues = []
     for slot in snap["queues"]:
-        words = {word: slot[word] for word in ("queue", "pid", "in_flight")}
+        words = {word: slot[word] for word in ("queue", "worker", "pid", "in_flight")}
         queues.append({**words, **_measure(slot["ops"].values(), seconds)})
     return {
         "id": snap["id"],
@@ -138,7 +138,12 @@ def _show(devices: list[dict[str, Any]], as_json: bool, watching: bool) -> None:
         for device in devices:
             span = "in the last" if watching else "since the start,"
             click.echo(f"{device['path']}  {span} {_duration(device['seconds'])}")
-            rows = [(f"queue {q['queue']}", q["pid"], q["in_flight"], *_cells(q)) for q in device["queues"]]
+            shared = any(q["worker"] for q in device["queues"])
+            names = [f"queue {q['queue']}" + f".{q['worker']}" * shared for q in device["queues"]]
+            rows = [
+                (name, q["pid"], q["in_flight"], *_cells(q))
+                for name, q in zip(names, device["queues"], strict=True)
+            ]
             rows += [(op, "", "", *_cells(m)) for op, m in device["operations"].items() if m["ios"]]
             rows.append(("total", "", device["total"]["in_flight"], *_cells(device["total"])))
             print_table(("", "PID", "IN FLIGHT", *HEADS), rows, right=("PID", "IN FLIGHT", *HEADS))

@@ -81,7 +81,7 @@ def resolve(given: Mapping[str, Any], config: str | None = None) -> DeviceSpec:
     values.update(given)
     # A Python class shares its state between queues only where it says so: it is never given more unasked.
     if values.get("cpus") and "queues" not in values and values.get("target") != "python":
-        values["queues"] = len(values["cpus"])
+        values["queues"] = max(1, len(values["cpus"]) // values.get("workers_per_queue", 1))
     try:
         spec = DeviceSpec(**values)
         check_cpus(spec.cpus or ())

@@ -334,7 +334,7 @@ class DeviceSpec:
         Number,
         1,
         "Hardware queues; each has a worker process of its own. When CPUs are listed and no number is given, "
-        "a loop, null or memory device gets one queue per CPU.",
+        "a loop, null or memory device gets as many queues as it takes to use them.",
         1,
         4096,
         flags=("-q", "--queues"),
@@ -343,10 +343,20 @@ class DeviceSpec:
     depth: int = setting(
         Number, 128, "Requests that one queue can hold.", 1, 4096, flags=("-d", "--depth"), metavar="N"
     )
+    workers_per_queue: int = setting(
+        Number,
+        1,
+        "Worker processes that share a queue, each with its part of the tags (Linux 6.16, or ublkd's own driver): "
+        "for more I/O of one submitting CPU than one worker can serve. Not with --batch on.",
+        1,
+        64,
+        flags=("--workers-per-queue",),
+        metavar="N",
+    )
     cpus: list[int] | None = setting(
         Cpus,
         None,
-        "CPUs for the workers: queue 0 gets the first, and so on, again from the start when queues are left.",
+        "CPUs for the workers: that of queue 0 gets the first, and so on, again from the start when workers are left.",
         flags=("--cpus",),
         metavar="LIST",
         absent="chosen by the kernel's queue map and the topology",
@@ -624,6 +634,11 @@ class DeviceSpec:
             raise UsageError("the loop target needs a backing file", "ublkd run loop FILE")
         if self.target == "python" and not all((self.file or "").rpartition(":")[::2]):
             raise UsageError("the python target needs FILE:CLASS", "such as my_disk.py:RamDisk")
+        if self.workers_per_queue > self.depth:
+            raise UsageError(
+                f"{self.workers_per_queue} workers can't share a queue that holds {self.depth} requests",
+                "lower --workers-per-queue, or raise --depth",
+            )
         block = self.block_size or MIN_BLOCK
         if self.physical_block_size is not None and self.physical_block_size < block:
             raise UsageError(

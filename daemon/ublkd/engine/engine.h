@@ -51,6 +51,8 @@ struct ublkd_queue_params {
 	int wake_fd;          /* an eventfd that takes UBLKD_WAKE_*, or -1 */
 	uint16_t qid;
 	uint16_t depth;       /* tags, 1..4096 */
+	uint16_t share;       /* of the tags: each whose number modulo shares is share; */
+	uint16_t shares;      /* 0 or 1: all of them. More need PER_IO_DAEMON, and are not for BATCH. */
 	uint32_t max_io_bytes;
 	uint32_t transport;   /* UBLKD_TRANSPORT_* */
 	uint32_t poll_us;     /* stay awake this long when there is nothing to do; 0: sleep at once */

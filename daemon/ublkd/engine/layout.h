@@ -2,10 +2,10 @@
 /*
  * The statistics segment: an ABI between the engine (writes), `ublkd stat` and
  * any other reader. One file per device, /dev/shm/ublkd-N: a header page, then
- * one slot per queue.
+ * one slot per worker.
  *
- * Every word has one writer: the header the supervisor, a slot the worker of
- * that queue. Words are 64-bit and naturally aligned, so a reader never sees a
+ * Every word has one writer: the header the supervisor, a slot its
+ * worker. Words are 64-bit and naturally aligned, so a reader never sees a
  * torn one; words of one slot may be read at slightly different moments.
  * ublkd/shm/layout.py mirrors this file and a test compares the two.
  */
@@ -73,17 +73,19 @@ struct ublkd_shm_header {
 	uint32_t version;
 	uint32_t header_bytes;
 	uint32_t slot_bytes; /* sizeof(struct ublkd_shm_queue) */
-	uint32_t nr_queues;
+	uint32_t nr_slots; /* queues * shares */
 	uint32_t dev_id;
 	uint32_t depth;
 	uint64_t supervisor_pid;
 	uint64_t start_ns; /* CLOCK_REALTIME when the device went live */
 	uint64_t dev_bytes;
+	uint32_t shares; /* workers per queue: slot / shares is the queue, slot % shares the worker */
+	uint32_t reserved;
 };
 
 static_assert(sizeof(struct ublkd_shm_counters) == 864, "counters ABI");
 static_assert(sizeof(struct ublkd_shm_queue) == 16 * 8 + 6 * 864, "queue slot ABI");
 static_assert(sizeof(struct ublkd_shm_queue) % 64 == 0, "a slot starts on its own cache line");
-static_assert(sizeof(struct ublkd_shm_header) == 56, "header ABI");
+static_assert(sizeof(struct ublkd_shm_header) == 64, "header ABI");
 
 #endif

@@ -107,6 +107,8 @@ static int check_params(const struct ublkd_queue_params *p, const struct ublkd_t
 {
 	if (!p->depth || p->depth > UBLK_MAX_QUEUE_DEPTH || !p->max_io_bytes || !p->cmdbuf || p->cdev_fd < 0)
 		return ublkd_error(-EINVAL, "bad queue parameters");
+	if (p->shares > 1 && (p->share >= p->shares || p->shares > p->depth))
+		return ublkd_error(-EINVAL, "share %u of %u of %u tags", p->share, p->shares, p->depth);
 	if (target->ops->abi != UBLKD_TARGET_ABI || target->ops->size < sizeof(struct ublkd_target_ops))
 		return ublkd_error(-EINVAL, "target %s was built for another engine", target->ops->name);
 	return 0;
@@ -133,13 +135,14 @@ static int alloc_tags(struct ublkd_queue *q)
 		q->ios[tag].tag = (uint16_t)tag;
 		q->ios[tag].buf = ublkd_buffers_get(&q->buffers, tag);
 	}
-	q->live = depth;
+	q->live = (depth - q->p.share + q->p.shares - 1) / q->p.shares;
 	return 0;
 }
 
 static int attach_shm(struct ublkd_queue *q)
 {
 	struct ublkd_shm_header *header = q->p.shm;
+	const uint32_t slot = (uint32_t)q->p.qid * q->p.shares + q->p.share;
 
 	if (!header) {
 		q->own_shm = calloc(1, sizeof(*q->own_shm));
@@ -150,9 +153,9 @@ static int attach_shm(struct ublkd_queue *q)
 		return 0;
 	}
 	if (header->magic != UBLKD_SHM_MAGIC || header->version != UBLKD_SHM_VERSION ||
-	    header->slot_bytes != sizeof(struct ublkd_shm_queue) || q->p.qid >= header->nr_queues)
+	    header->slot_bytes != sizeof(struct ublkd_shm_queue) || slot >= header->nr_slots)
 		return ublkd_error(-EINVAL, "the statistics segment is not of this version");
-	q->shm = (struct ublkd_shm_queue *)((char *)header + header->header_bytes) + q->p.qid;
+	q->shm = (struct ublkd_shm_queue *)((char *)header + header->header_bytes) + slot;
 	q->dev_bytes = &header->dev_bytes;
 	return 0;
 }
@@ -170,6 +173,8 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 	if (!q)
 		return ublkd_error(-ENOMEM, "no memory for a queue");
 	q->p = *params;
+	if (!q->p.shares)
+		q->p.shares = 1;
 	q->tp = tp;
 	q->target = target;
 	q->iods = params->cmdbuf;
@@ -184,8 +189,8 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 	if (err < 0)
 		goto fail;
 	/* Room for every tag's command and target I/O at once, the wake poll, and what a transport has of its own. */
-	entries = params->depth * (1 + target->ops->sqes_per_io) + 1 + UBLKD_TRANSPORT_CQES;
-	err = ublkd_ring_init(&q->ring, params->depth + 1, entries, params->poll_us ? IORING_SETUP_TASKRUN_FLAG : 0);
+	entries = q->live * (1 + target->ops->sqes_per_io) + 1 + UBLKD_TRANSPORT_CQES;
+	err = ublkd_ring_init(&q->ring, q->live + 1, entries, params->poll_us ? IORING_SETUP_TASKRUN_FLAG : 0);
 	if (err < 0) {
 		q->ring.ring_fd = -1;
 		goto fail;

@@ -46,7 +46,7 @@ struct ublkd_queue {
 	uint64_t now_ns;           /* at the start of this pass's reaping */
 	unsigned nr_events;
 	unsigned nr_done;
-	unsigned live;    /* tags not yet GONE */
+	unsigned live;    /* tags of ours not yet GONE */
 	unsigned targets_inflight;
 	unsigned in_hand; /* requests taken up and not yet committed */
 	enum ublkd_drain drain;

@@ -186,6 +186,9 @@ static int batch_arm(struct ublkd_queue *q)
 {
 	int ret;
 
+	/* PREP takes a queue's tags all at once, and a FETCH brings any of them. */
+	if (q->p.shares > 1)
+		return ublkd_error(-EINVAL, "one worker serves a queue with batches");
 	q->batch = calloc(1, sizeof(*q->batch));
 	if (!q->batch)
 		return ublkd_error(-ENOMEM, "no memory for batches");

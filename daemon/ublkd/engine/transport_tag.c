@@ -32,7 +32,7 @@ static void queue_cmd(struct ublkd_queue *q, uint32_t cmd_op, const struct ublkd
 
 static int tag_arm(struct ublkd_queue *q)
 {
-	for (unsigned tag = 0; tag < q->p.depth; tag++)
+	for (unsigned tag = q->p.share; tag < q->p.depth; tag += q->p.shares)
 		queue_cmd(q, UBLK_U_IO_FETCH_REQ, &q->ios[tag], 0);
 	return 0;
 }

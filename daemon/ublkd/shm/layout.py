@@ -5,9 +5,9 @@ MAGIC = 0x3154415453424B55
 VERSION = 1
 HEADER_BYTES = 4096
 
-# struct ublkd_shm_header: magic, version, header_bytes, slot_bytes, nr_queues, dev_id, depth,
-# supervisor_pid, start_ns, dev_bytes
-HEADER_FORMAT = "<Q6I3Q"
+# struct ublkd_shm_header: magic, version, header_bytes, slot_bytes, nr_slots, dev_id, depth,
+# supervisor_pid, start_ns, dev_bytes, shares, reserved
+HEADER_FORMAT = "<Q6I3Q2I"
 SUPERVISOR_PID_OFFSET = 32
 DEV_BYTES_OFFSET = 48
 
@@ -36,9 +36,9 @@ SLOT_WORDS = QUEUE_HEAD_WORDS + len(OPS) * COUNTER_WORDS
 SLOT_BYTES = SLOT_WORDS * 8
 
 
-def segment_bytes(queues: int) -> int:
-    """Size of the segment of a device with that many queues."""
-    return HEADER_BYTES + queues * SLOT_BYTES
+def segment_bytes(slots: int) -> int:
+    """Size of the segment of a device with that many workers."""
+    return HEADER_BYTES + slots * SLOT_BYTES
 
 
 def name_of(dev_id: int) -> str:

@@ -17,8 +17,9 @@ Counters = dict[str, Any]
 def snapshot(dev_id: int) -> dict[str, Any]:
     """All counters of a device.
 
-    {"id", "time_ns" (CLOCK_MONOTONIC), "start_ns" (CLOCK_REALTIME), "size", "depth", "queues": [...]} with
-    one dict per queue: the words of layout.QUEUE_WORDS, "queue", "in_flight", and "ops": {name: {"ios",
+    {"id", "time_ns" (CLOCK_MONOTONIC), "start_ns" (CLOCK_REALTIME), "size", "depth", "workers_per_queue",
+    "queues": [...]} with one dict per worker: the words of layout.QUEUE_WORDS, "queue", "worker" (0, 1... of that
+    queue), "in_flight", and "ops": {name: {"ios",
     "bytes", "errors", "lat_ns", "hist"}}. Raises UblkdError where there is no such segment or not of our
     version.
     """
@@ -38,26 +39,28 @@ def snapshot(dev_id: int) -> dict[str, Any]:
 
 def _parse(dev_id: int, path: str, data: bytes, now_ns: int) -> dict[str, Any]:
     size = struct.calcsize(layout.HEADER_FORMAT)
-    head = struct.unpack_from(layout.HEADER_FORMAT, data) if len(data) >= size else (0,) * 10
-    magic, version, header_bytes, slot_bytes, queues, _dev, depth, _pid, start_ns, dev_bytes = head
+    head = struct.unpack_from(layout.HEADER_FORMAT, data) if len(data) >= size else (0,) * 12
+    magic, version, header_bytes, slot_bytes, nr_slots, _dev, depth, _pid, start_ns, dev_bytes, shares, _ = head
+    shares = shares or 1  # versions without them had zeroes there
     if magic != layout.MAGIC or version != layout.VERSION or slot_bytes != layout.SLOT_BYTES:
         raise UblkdError(f"{path} holds no counters of this version", hint="was the device started by another ublkd?")
-    if len(data) < header_bytes + queues * slot_bytes:
+    if len(data) < header_bytes + nr_slots * slot_bytes:
         raise UblkdError(f"{path} is cut short", hint="restart the device")
-    slots = [_queue(data, header_bytes + q * slot_bytes, q) for q in range(queues)]
+    slots = [_slot(data, header_bytes + i * slot_bytes, *divmod(i, shares)) for i in range(nr_slots)]
     return {
         "id": dev_id,
         "time_ns": now_ns,
         "start_ns": start_ns,
         "size": dev_bytes,
         "depth": depth,
+        "workers_per_queue": shares,
         "queues": slots,
     }
 
 
-def _queue(data: bytes, offset: int, queue: int) -> dict[str, Any]:
+def _slot(data: bytes, offset: int, queue: int, worker: int) -> dict[str, Any]:
     words = struct.unpack_from(f"<{layout.SLOT_WORDS}Q", data, offset)
-    slot: dict[str, Any] = {"queue": queue, **dict(zip(layout.QUEUE_WORDS, words, strict=False))}
+    slot: dict[str, Any] = {"queue": queue, "worker": worker, **dict(zip(layout.QUEUE_WORDS, words, strict=False))}
     slot["in_flight"] = max(0, slot["started"] - slot["completed"])
     slot["ops"] = {}
     for i, op in enumerate(layout.OPS):

@@ -37,18 +37,21 @@ def _untracked(name: str, size: int = 0) -> shared_memory.SharedMemory:
 class Segment:
     """The segment of one device; .buf is its writable mapping."""
 
-    def __init__(self, dev_id: int, queues: int, depth: int, dev_bytes: int, go_on: bool = False) -> None:
-        """go_on: keep the counters of the device's last server, if they are of this layout."""
+    def __init__(
+        self, dev_id: int, queues: int, depth: int, dev_bytes: int, shares: int = 1, go_on: bool = False
+    ) -> None:
+        """shares: workers per queue. go_on: keep the counters of the device's last server, if of this layout."""
         self.buf: Any
         name = layout.name_of(dev_id)
         self.path = f"/dev/shm/{name}"
-        if go_on and self._attach(name, queues):
+        self._slots = queues * shares
+        if go_on and self._attach(name, shares):
             struct.pack_into("<Q", self.buf, layout.SUPERVISOR_PID_OFFSET, os.getpid())
             self.set_dev_bytes(dev_bytes)
             return
         # What a killed supervisor of this number left behind is of no use to anybody now.
         self.unlink()
-        self._shm = _untracked(name, layout.segment_bytes(queues))
+        self._shm = _untracked(name, layout.segment_bytes(self._slots))
         os.chmod(self.path, 0o644)
         mapping: Any = self._shm.buf
         self.buf = mapping
@@ -60,15 +63,17 @@ class Segment:
             layout.VERSION,
             layout.HEADER_BYTES,
             layout.SLOT_BYTES,
-            queues,
+            self._slots,
             dev_id,
             depth,
             os.getpid(),
             time.time_ns(),
             dev_bytes,
+            shares,
+            0,
         )
 
-    def _attach(self, name: str, queues: int) -> bool:
+    def _attach(self, name: str, shares: int) -> bool:
         try:
             self._shm = _untracked(name)
         except (OSError, ValueError):  # none there, or an empty one
@@ -77,9 +82,9 @@ class Segment:
         self.buf = mapping
         size = struct.calcsize(layout.HEADER_FORMAT)
         if len(self.buf) >= size:
-            magic, version, header, slot, nr_queues, *_ = struct.unpack_from(layout.HEADER_FORMAT, self.buf)
-            ours = (layout.MAGIC, layout.VERSION, layout.HEADER_BYTES, layout.SLOT_BYTES, queues)
-            if (magic, version, header, slot, nr_queues) == ours and len(self.buf) >= layout.segment_bytes(queues):
+            *head, _dev, _depth, _pid, _start, _bytes, had, _ = struct.unpack_from(layout.HEADER_FORMAT, self.buf)
+            ours = [layout.MAGIC, layout.VERSION, layout.HEADER_BYTES, layout.SLOT_BYTES, self._slots]
+            if head == ours and (had or 1) == shares and len(self.buf) >= layout.segment_bytes(self._slots):
                 return True
         del self.buf, mapping
         self._shm.close()
@@ -89,18 +94,18 @@ class Segment:
         """Tell the engines of a new device size, bytes."""
         struct.pack_into("<Q", self.buf, layout.DEV_BYTES_OFFSET, dev_bytes)
 
-    def words(self, qid: int) -> dict[str, int]:
-        """The words of a queue's slot that are not counters of operations, by layout.QUEUE_WORDS."""
-        at = layout.HEADER_BYTES + qid * layout.SLOT_BYTES
+    def words(self, slot: int) -> dict[str, int]:
+        """The words of a worker's slot that are not counters of operations, by layout.QUEUE_WORDS."""
+        at = layout.HEADER_BYTES + slot * layout.SLOT_BYTES
         values = struct.unpack_from(f"<{len(layout.QUEUE_WORDS)}Q", self.buf, at)
         return dict(zip(layout.QUEUE_WORDS, values, strict=True))
 
-    def errors(self, op: str, queues: int) -> int:
+    def errors(self, op: str) -> int:
         """Requests of one kind that failed, over all queues."""
         place = layout.QUEUE_HEAD_WORDS + layout.OPS.index(op) * layout.COUNTER_WORDS + 2
         first = layout.HEADER_BYTES + 8 * place
         return sum(
-            struct.unpack_from("<Q", self.buf, first + qid * layout.SLOT_BYTES)[0] for qid in range(queues)
+            struct.unpack_from("<Q", self.buf, first + slot * layout.SLOT_BYTES)[0] for slot in range(self._slots)
         )
 
     def unlink(self) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ublkd import native
 from ublkd.errors import UblkdError
@@ -17,11 +17,31 @@ class WorkerDied(UblkdError):
     """A worker is gone that should be serving."""
 
 
+class Post(NamedTuple):
+    """What a worker serves: of a queue's tags each whose number modulo shares is share."""
+
+    qid: int
+    share: int = 0
+    shares: int = 1
+
+    @property
+    def slot(self) -> int:
+        """Its number among all of the device."""
+        return self.qid * self.shares + self.share
+
+    def facts(self) -> dict[str, int]:
+        """For records and the log."""
+        return {"queue": self.qid} | ({"worker": self.share} if self.shares > 1 else {})
+
+    def __str__(self) -> str:
+        return f"{self.qid}.{self.share}" if self.shares > 1 else str(self.qid)
+
+
 class Worker:
     """A forked worker: its end of the pipes, and how it ended."""
 
-    def __init__(self, qid: int, pid: int, cpu: int, status_fd: int, wake_fd: int) -> None:
-        self.qid = qid
+    def __init__(self, post: Post, pid: int, cpu: int, status_fd: int, wake_fd: int) -> None:
+        self.post = post
         self.pid = pid
         self.cpu = cpu
         self.status_fd = status_fd
@@ -63,12 +83,12 @@ class Worker:
     def obituary(self) -> str:
         """Why it is gone, in a line."""
         if "error" in self.report:
-            return f"worker of queue {self.qid}: {self.report['error']}"
+            return f"worker of queue {self.post}: {self.report['error']}"
         code = self.exit_code or 0
         if code < 0:
             name = signal.Signals(-code).name
-            return f"worker of queue {self.qid} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
-        return f"worker of queue {self.qid} exited with status {code}"
+            return f"worker of queue {self.post} was killed by {name}" + (" (out of memory?)" if -code == 9 else "")
+        return f"worker of queue {self.post} exited with status {code}"
 
     def death(self) -> WorkerDied:
         """The same as an error."""

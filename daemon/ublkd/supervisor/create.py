@@ -56,6 +56,8 @@ def _batched(spec: DeviceSpec, target: ControlTarget, transport: str, features: 
     if spec.batch == "off":
         return False
     lacking = why_not_batched(transport, on_crash(spec, target), bool(uapi.F_BATCH_IO & features))
+    if spec.workers_per_queue > 1:
+        lacking = "a queue's requests come in batches to one worker"
     if lacking:
         raise UsageError(f"--batch on can't be had: {lacking}", hint="leave it out")
     return True
@@ -116,12 +118,19 @@ def _recovery_flags(spec: DeviceSpec, target: ControlTarget, features: Features)
             f"--on-crash {policy} needs a driver with {flag} (Linux {uapi.FLAGS[flag].since})",
             hint="`ublkd features` lists what this driver has",
         )
-    more = [name for name in ("QUIESCE", "SHARDS") if features.has(name)]
+    # With shards a queue belongs to one worker's file.
+    wanted = ("QUIESCE", "SHARDS") if spec.workers_per_queue == 1 else ("QUIESCE",)
+    more = [name for name in wanted if features.has(name)]
     return uapi.F_USER_RECOVERY | sum(uapi.FLAGS[name].value for name in (flag, *more))
 
 
 def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, features: Features) -> int:
     """UBLK_F_* for ADD_DEV; target is open. What a driver that can't be asked drops is seen in its answer."""
+    if spec.workers_per_queue > 1 and not features.has("PER_IO_DAEMON"):
+        raise UsageError(
+            "--workers-per-queue needs a driver with PER_IO_DAEMON (Linux 6.16, or ublkd's own)",
+            hint="leave it out, or give more queues; `ublkd features` lists what this driver has",
+        )
     flags = uapi.F_CMD_IOCTL_ENCODE | TRANSPORT_FLAGS[transport] | _recovery_flags(spec, target, features)
     if flags & uapi.F_BATCH_IO:
         # 7.2 cancels a quiesced queue's FETCH as if the device were stopped: until the next server is there new

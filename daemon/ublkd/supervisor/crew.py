@@ -15,7 +15,7 @@ from ublkd.control import uapi
 from ublkd.control.device import open_char
 from ublkd.errors import UblkdError
 from ublkd.supervisor import create
-from ublkd.supervisor.child import Worker
+from ublkd.supervisor.child import Post, Worker
 from ublkd.supervisor.events import StopRequested
 from ublkd.worker import main as worker
 
@@ -49,12 +49,12 @@ class Crew:
         return min(dead, key=lambda w: "error" not in w.report) if dead else None
 
     def is_whole(self) -> bool:
-        """Has every queue a worker that lives?"""
-        return self.dead() is None and len(self.workers) == self._device.info.queues
+        """Has every post a worker that lives?"""
+        return self.dead() is None and len(self.workers) == len(self._device.posts)
 
     def has_fetched(self) -> bool:
-        """Did every queue's worker say that it has fetched, dead or alive?"""
-        return len(self.workers) == self._device.info.queues and all(w.has_said("ready") for w in self.workers)
+        """Did every post's worker say that it has fetched, dead or alive?"""
+        return len(self.workers) == len(self._device.posts) and all(w.has_said("ready") for w in self.workers)
 
     def check(self) -> None:
         """WorkerDied if one has."""
@@ -63,8 +63,8 @@ class Crew:
             raise dead.death()
 
     @contextmanager
-    def opened(self, queues: Sequence[int]) -> Iterator[Callable[[int], None]]:
-        """Open the device and map these queues' command buffers; gives the call that forks a queue's worker."""
+    def opened(self, queues: Sequence[int]) -> Iterator[Callable[[Post], None]]:
+        """Open the device and map these queues' command buffers; gives the call that forks a worker."""
         device = self._device
         gate_r, self._gate_w = os.pipe2(os.O_CLOEXEC)
         before = list(self.workers)
@@ -81,7 +81,7 @@ class Crew:
                 cmdbufs[q] = native.CommandBuffer(files[q], q, device.info.depth)
             gc.collect()
             gc.freeze()  # children share the pages of what is there now
-            yield lambda qid: self._fork(qid, files, cmdbufs, gate_r)
+            yield lambda post: self._fork(post, files, cmdbufs, gate_r)
         except BaseException:
             # Before the gate is closed, which would have those that wait there fetch.
             self.end(besides=before)
@@ -98,10 +98,9 @@ class Crew:
 
     def spawn(self) -> None:
         """Fork all workers, and let them fetch."""
-        queues = range(self._device.info.queues)
-        with self.opened(queues) as fork:
-            for q in queues:
-                fork(q)
+        with self.opened(range(self._device.info.queues)) as fork:
+            for post in self._device.posts:
+                fork(post)
             self.open_gate()
 
     def open_gate(self) -> None:
@@ -135,8 +134,8 @@ class Crew:
             os.close(self._gate_w)
             self._gate_w = -1
 
-    def _fork(self, qid: int, files: dict[int, int], cmdbufs: dict[int, native.CommandBuffer], gate_fd: int) -> None:
-        device = self._device
+    def _fork(self, post: Post, files: dict[int, int], cmdbufs: dict[int, native.CommandBuffer], gate_fd: int) -> None:
+        device, qid, cpu = self._device, post.qid, self._device.cpus[post.slot]
         status_r, status_w = os.pipe2(os.O_CLOEXEC)
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.set_blocking(status_r, False)
@@ -145,8 +144,11 @@ class Crew:
         gate = [self._gate_w] if self._gate_w >= 0 else []
         plan = worker.WorkerPlan(
             dev_id=device.dev_id,
+            name=str(post),
             qid=qid,
-            cpu=device.cpus[qid],
+            share=post.share,
+            shares=post.shares,
+            cpu=cpu,
             cdev_fd=files[qid],
             depth=device.info.depth,
             max_io_bytes=device.info.max_io_bytes,
@@ -169,7 +171,7 @@ class Crew:
             worker.main(plan)
         gc.enable()
         os.close(status_w)
-        self.workers.append(Worker(qid, pid, device.cpus[qid], status_r, wake_fd))
+        self.workers.append(Worker(post, pid, cpu, status_r, wake_fd))
 
     def await_command(self, op: Operation, what: str) -> None:
         """Wait for a command that needs every worker; WorkerDied, StopRequested, or UblkdError after start_timeout."""

@@ -10,6 +10,7 @@ from ublkd import inventory, log
 from ublkd._version import __version__
 from ublkd.control.device import path_of
 from ublkd.supervisor import create, placement
+from ublkd.supervisor.child import Post
 
 if TYPE_CHECKING:
     from ublkd.config.schema import DeviceSpec
@@ -58,9 +59,15 @@ class Device:
         """
         return not self.ctl.get_features().has("PER_IO_DAEMON")
 
+    @property
+    def posts(self) -> list[Post]:
+        """What there is to serve, a worker each."""
+        shares = self.spec.workers_per_queue
+        return [Post(qid, share, shares) for qid in range(self.info.queues) for share in range(shares)]
+
     def place(self) -> None:
-        """Find each queue's CPU."""
-        masks = [self.ctl.queue_affinity(self.dev_id, q) for q in range(self.info.queues)]
+        """Find each worker's CPU."""
+        masks = [self.ctl.queue_affinity(self.dev_id, post.qid) for post in self.posts]
         self.cpus = placement.place(masks, self.spec.cpus, placement.topology())
         self.remark = placement.remark(self.spec.queues, self.info.queues, self.cpus)
         if self.remark:
@@ -77,6 +84,7 @@ class Device:
             "backing_id": self.target.backing_id(),
             "size": self.segment.dev_bytes(),
             "queues": self.info.queues,
+            "workers_per_queue": self.spec.workers_per_queue,
             "depth": self.info.depth,
             "block_size": self.limits.block_size,
             "transport": self.transport,
@@ -87,7 +95,7 @@ class Device:
             "remark": self.remark,
             "details": self.target.details(),
             "supervisor": {"pid": os.getpid(), "start_time": inventory.start_time(os.getpid())},
-            "workers": [{"queue": w.qid, "pid": w.pid, "cpu": w.cpu} for w in workers],
+            "workers": [{**w.post.facts(), "pid": w.pid, "cpu": w.cpu} for w in workers],
             "settings": self.spec.to_dict(),
             "origin": origin,
             "version": __version__,

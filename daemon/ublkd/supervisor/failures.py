@@ -21,10 +21,10 @@ class Failures:
 
     interval = INTERVAL_S
 
-    def __init__(self, segment: Segment, queues: int) -> None:
-        self._segment, self._queues = segment, queues
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
         # those of a server before this one are old news
-        self._said = {op: segment.errors(op, queues) for op in layout.OPS}
+        self._said = {op: segment.errors(op) for op in layout.OPS}
         self._said_at: dict[str, float] = {}
         self._next = time.monotonic() + self.interval
 
@@ -36,7 +36,7 @@ class Failures:
         self._next = now + self.interval
         found = []
         for op in layout.OPS:
-            errors = self._segment.errors(op, self._queues)
+            errors = self._segment.errors(op)
             if errors > self._said[op] and now - self._said_at.get(op, -REPEAT_S) >= REPEAT_S:
                 found.append((op, errors - self._said[op]))
                 self._said[op], self._said_at[op] = errors, now

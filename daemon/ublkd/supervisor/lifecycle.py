@@ -267,6 +267,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
             "target": spec.target,
             "backing": target.backing(),
             "queues": spec.queues,
+            "workers_per_queue": spec.workers_per_queue,
             "depth": spec.depth,
             "max_io_size": spec.max_io_size,
             **limits._asdict(),
@@ -274,7 +275,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
         }
         # The queues' own masks are known only once there is a device; any CPU stands in for them.
         topo = placement.topology()
-        masks = [set(topo) for _ in range(spec.queues)]
+        masks = [set(topo) for _ in range(spec.queues * spec.workers_per_queue)]
         out["cpus"] = placement.place(masks, spec.cpus, topo)
         try:
             with Control() as ctl:

@@ -44,8 +44,8 @@ def topology(allowed: Iterable[int] | None = None) -> dict[int, Cpu]:
 
 
 def _pinned(masks: Sequence[set[int]], cpus: Sequence[int]) -> list[int]:
-    """A CPU of the user's list for each queue: its own place in the list if the queue's mask allows, else another
-    of the list that the mask has, else its own place all the same. A list shorter than the queues is gone through
+    """A CPU of the user's list for each worker: its own place in the list if the queue's mask allows, else another
+    of the list that the mask has, else its own place all the same. A list shorter than the workers is gone through
     again."""
     chosen: list[int] = []
     free: list[int] = []
@@ -61,9 +61,9 @@ def _pinned(masks: Sequence[set[int]], cpus: Sequence[int]) -> list[int]:
 
 
 def place(masks: Sequence[set[int]], cpus: Sequence[int] | None, topo: dict[int, Cpu]) -> list[int]:
-    """The CPU of each queue's worker.
+    """The CPU of each worker.
 
-    masks: per queue, the CPUs that submit to it (blk-mq's map); cpus: the user's list, or None to choose by
+    masks: per worker, the CPUs that submit to it (blk-mq's map); cpus: the user's list, or None to choose by
     the masks and the topology: the least loaded core first, SMT siblings only when the cores are used up,
     staying on the NUMA nodes already in use, lowest number first. The same input gives the same answer.
     """
@@ -92,6 +92,7 @@ def remark(asked: int, got: int, chosen: Sequence[int]) -> str:
     if got != asked:
         parts.append(f"{asked} queues were asked for, the driver made {got}")
     used = len(set(chosen))
-    if used < got:
-        parts.append(f"{got} queues share {used} CPU{'s' if used > 1 else ''}: some workers have to take turns")
+    if used < len(chosen):
+        what = "queues" if len(chosen) == got else "workers"
+        parts.append(f"{len(chosen)} {what} share {used} CPU{'s' if used > 1 else ''}: some workers have to take turns")
     return "; ".join(parts)

@@ -111,10 +111,11 @@ class Recovery:
         for w in [w for w in crew.workers if w.reap()]:
             crew.remove(w)
         # Those of earlier tries, too.
-        queues = sorted(set(range(device.info.queues)) - {w.qid for w in crew.workers})
+        posts = sorted(set(device.posts) - {w.post for w in crew.workers})
+        queues = [post.qid for post in posts]
         with crew.opened(queues) as fork:
-            for q in queues:
-                fork(q)
+            for post in posts:
+                fork(post)
             self._await_orphaned(queues)
             crew.open_gate()
         crew.await_all("ready")

@@ -179,11 +179,16 @@ class Supervisor:
     def _make_segment(self) -> None:
         device = self.device
         device.segment = Segment(
-            device.dev_id, device.info.queues, device.info.depth, device.limits.size, go_on=self.recover_id is not None
+            device.dev_id,
+            device.info.queues,
+            device.info.depth,
+            device.limits.size,
+            device.spec.workers_per_queue,
+            go_on=self.recover_id is not None,
         )
         self._exit.callback(self._drop_segment)
         self._watchdog = Watchdog(device.segment, device.spec.hang_timeout)
-        self._failures = Failures(device.segment, device.info.queues)
+        self._failures = Failures(device.segment)
 
     def _drop_segment(self) -> None:
         if not self.successor:
@@ -217,7 +222,7 @@ class Supervisor:
         self._open_endpoint()
         self._write_record()
         for w in self._crew.workers:
-            device.log.info("queue served", queue=w.qid, pid=w.pid, cpu=w.cpu)
+            device.log.info("queue served", **w.post.facts(), pid=w.pid, cpu=w.cpu)
         device.log.info("live", path=path_of(device.dev_id), size=device.limits.size, transport=device.transport)
         native.set_title(f"ublkd-{device.dev_id}")
         self._notify_systemd()
@@ -282,7 +287,7 @@ class Supervisor:
                 if self._stopped_by_others():
                     self.device.log.warning("the device was stopped from outside")
                     return 0
-                self.device.log.error("worker died", queue=dead.qid, pid=dead.pid, reason=dead.obituary())
+                self.device.log.error("worker died", **dead.post.facts(), pid=dead.pid, reason=dead.obituary())
                 self._recovery.recover()
         except StopRequested:
             pass
@@ -303,7 +308,7 @@ class Supervisor:
     def _look_for_hangs(self) -> None:
         for w, finding in self._watchdog.look(self._crew.workers):
             say = self.device.log.error if finding.hung else self.device.log.warning
-            say(finding.event, queue=w.qid, pid=w.pid, **finding.facts)
+            say(finding.event, **w.post.facts(), pid=w.pid, **finding.facts)
             if finding.hung and self.device.spec.on_hang == "recover":
                 w.blame(f"hung in {finding.facts['where']}, killed")
 

@@ -59,7 +59,7 @@ class Watchdog:
         self._watched = {w.pid: self._watched.get(w.pid) or _Watched() for w in workers}
         found = []
         for worker in workers:
-            watched, words = self._watched[worker.pid], self._segment.words(worker.qid)
+            watched, words = self._watched[worker.pid], self._segment.words(worker.post.slot)
             finding = self._heartbeat(worker, watched, words, now) or self._progress(watched, words, now)
             if finding:
                 found.append((worker, finding))

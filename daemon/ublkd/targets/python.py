@@ -204,11 +204,13 @@ class PythonTarget(ControlTarget):
         self._dev_id = dev_id
         target = self._target = self._make()
         label = self._label
-        if spec.queues > 1 and not target.multiprocess:
+        processes = spec.queues * spec.workers_per_queue
+        if processes > 1 and not target.multiprocess:
             raise UsageError(
-                f"{label} serves one queue, not {spec.queues}: each queue has a process of its own, "
+                f"{label} is served by one process, not {processes}: each worker is a process of its own, "
                 "and processes don't share Python objects",
-                "use -q 1, or keep the data in spec.shared() and say `multiprocess = True` in the class",
+                "use one queue with one worker, or keep the data in spec.shared() and say `multiprocess = True` in the "
+                "class",
             )
         target.size = spec.size or target.size
         target.block_size = spec.block_size or target.block_size

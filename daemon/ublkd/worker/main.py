@@ -26,7 +26,10 @@ class WorkerPlan(NamedTuple):
     """All that a worker needs to know, made before the fork."""
 
     dev_id: int
+    name: str
     qid: int
+    share: int
+    shares: int
     cpu: int
     cdev_fd: int
     depth: int
@@ -58,7 +61,7 @@ def _settle(plan: WorkerPlan) -> None:
         signal.signal(sig, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    native.set_title(f"ublkd-{plan.dev_id}/q{plan.qid}")
+    native.set_title(f"ublkd-{plan.dev_id}/q{plan.name}")
     for fd in plan.close_fds:
         os.close(fd)
     plan.control.close()
@@ -78,6 +81,8 @@ def _serve(plan: WorkerPlan) -> None:
     queue = native.Queue(
         cdev_fd=plan.cdev_fd,
         qid=plan.qid,
+        share=plan.share,
+        shares=plan.shares,
         depth=plan.depth,
         max_io_bytes=plan.max_io_bytes,
         transport=plan.transport,

@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lib.tools import has, read, wait_until
+from lib.tools import read, wait_until
 from ublkd import inventory, supervisor
 from ublkd.config.schema import DeviceSpec
+from ublkd.control import uapi
 from ublkd.shm import reader
 
 
@@ -65,7 +66,7 @@ class Device:
 
     def await_replacement(self, old: list[int], victim: int, timeout: float = 30) -> None:
         """The dead worker of these has a successor: it alone where queues have servers of their own, else all."""
-        replaced = {victim} if has("SHARDS") else set(old)
+        replaced = {victim} if self.record["flags"] & uapi.F_SHARDS else set(old)
         wait_until(lambda: not replaced & set(self.workers()), "the workers are replaced", timeout)
         assert set(old) - replaced <= set(self.workers()), "a worker was ended that nothing was wrong with"
 
