@@ -166,6 +166,10 @@ class Disk:
         """The CPU's frequency governor, where it has one."""
         return _line(self._root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor")
 
+    def autogroups(self) -> bool:
+        """Does the scheduler take each session for a group?"""
+        return _line(self._root / "proc/sys/kernel/sched_autogroup_enabled") == "1"
+
     def topology(self) -> dict[int, Cpu]:
         """The CPUs that a server may run on: those of its supervisor, else ours."""
         try:

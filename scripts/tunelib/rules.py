@@ -199,3 +199,9 @@ def _advice(disk: Disk) -> Iterator[Remark]:
             why = f"CPU {cpu} serves a queue and slows down between requests; a setting of the whole machine: cpupower"
             yield Remark("governor", str(governor), why, "cpufreq")
             break
+    if disk.by_ublkd and disk.autogroups():
+        why = (
+            "on one CPU applications and workers change places as groups: 4k reads at depth 1 are 1.10 to 1.13 "
+            "without; a setting of the whole machine: sysctl kernel.sched_autogroup_enabled=0"
+        )
+        yield Remark("autogroups", "on", why, "docs/benchmarks/batch-7.2.12.md")

@@ -175,8 +175,13 @@ class TestRules:
             place.mkdir(parents=True)
             (place / "scaling_governor").write_text(f"{governor}\n")
         disk = served(machine.add(), depth=4)
+        grouping = machine.root / "proc/sys/kernel/sched_autogroup_enabled"
+        grouping.parent.mkdir(parents=True, exist_ok=True)
+        grouping.write_text("0\n")
+        assert "autogroups" not in {remark.key for remark in planned(disk).advice}
+        grouping.write_text("1\n")
         advice = {remark.key: remark for remark in planned(disk).advice}
-        assert set(advice) == {"queues", "depth", "governor"}
+        assert set(advice) == {"queues", "depth", "governor", "autogroups"}
         assert advice["governor"].value == "powersave" and "CPU 1" in advice["governor"].why
 
     def test_every_reason_is_there_and_a_line(self, machine: Machine, cores: None) -> None:
