@@ -270,6 +270,29 @@ def test_nonsense_on_the_socket(serve: Callable[..., Device]) -> None:
     upgrade(device)
 
 
+def test_requests_in_flight_are_waited_for(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """And no longer: a worker that has answered what it had ends, whatever the driver still has of its tags."""
+    gate = tmp_path / "gate"
+    settings = {"queues": 2, "size": SIZE, "on_crash": "fail", "start_timeout": 60, "params": {"gate": str(gate)}}
+    device = serve("python", f"{HERE}/lib/targets.py:Held", **settings)
+    if not has("QUIESCE"):
+        pytest.skip("this driver has no QUIESCE")
+    pwrite(device.path, b"precious" * 512, MIB)
+    forget(device.path)
+    reader = direct_reader(device.path, MIB)
+    wait_until(device.under_way, "the read is held")
+    with connected(device) as s:
+        s.settimeout(180)
+        s.send(json.dumps({"protocol": endpoint.PROTOCOL, "op": "upgrade"}).encode())
+        wait_until(lambda: device.said("quiesced"), "the device is quiesced", 60)
+        assert reader.poll() is None
+        gate.touch()
+        assert "error" not in json.loads(s.recv(65536))
+    assert reader.communicate(timeout=30)[0] == b"precious" * 512
+    device.supervisor = device.record["supervisor"]["pid"]
+    assert not device.said("worker killed")
+
+
 def test_too_busy_without_quiesce(serve: Callable[..., Device], tmp_path: Path) -> None:
     """Where requests in flight would fail, the old server goes on; so it does where they can be waited for."""
     gate = tmp_path / "gate"

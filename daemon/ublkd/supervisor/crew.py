@@ -204,6 +204,9 @@ class Crew:
         while grace and not all([w.reap() for w in ending]) and time.monotonic() < deadline:
             self.sleep(deadline - time.monotonic())
         for w in ending:
+            if grace and w.exit_code is None:
+                reason = f"still there after {grace:.0f} s"
+                self._device.log.warning("worker killed", **w.post.facts(), pid=w.pid, reason=reason)
             w.kill()
         for w in ending:
             w.reap(block=True)

@@ -174,6 +174,10 @@ class Upgrade:
                 # There is no way back from a quiesce: the driver holds new requests from here on.
                 device.log.warning("not all requests were finished", reason=e.message)
                 patience = 0.0
+            device.log.debug("quiesced")
+            # The driver took back the tags that were idle, and none of those that were not, once they are answered.
+            for w in crew.workers:
+                w.wake(native.WAKE_DRAIN_IDLE)
             crew.end(grace=patience)
             return
         reissued = device.has(uapi.F_USER_RECOVERY_REISSUE)
