@@ -465,7 +465,7 @@ class DeviceSpec:
         Choice,
         "off",
         "Commands for many requests at once between kernel and worker (Linux 7.0): faster with several requests "
-        "in flight, slower with one. Not for live upgrades yet: one under load failed on Linux 7.2.",
+        "in flight, slower with one.",
         {"off": "a command for each request", "on": "for many; needs user-copy or zero-copy, and --on-crash requeue"},
         flags=("--batch",),
         metavar="HOW",
