@@ -17,7 +17,7 @@ PATTERN = os.urandom(4096) * 256  # 1 MiB
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
 
 EVENTS = (
-    "io_uring/io_uring_submit_req",
+    f"io_uring/{trace.SUBMIT}",
     "block/block_rq_issue",
     "ext4/ext4_sync_file_enter",
     "ext4/ext4_punch_hole",
@@ -135,7 +135,7 @@ def test_flush_and_fua_reach_the_disk(
         os.close(fd)
     assert device.ios("flush") > flushes and device.word("fua") == fua
     assert events.of("block_rq_issue", f" {ours} FF "), "no flush on the device"
-    assert events.of("io_uring_submit_req", "FSYNC"), "no fsync through the ring"
+    assert events.of(trace.SUBMIT, "FSYNC"), "no fsync through the ring"
     assert events.of("ext4_sync_file_enter", inode, "datasync 1"), "no data sync of the backing file"
     assert events.of("block_rq_issue", f" {below} F"), "no flush of the disk below"
     assert not events.of("ext4_sync_file_enter", inode, "datasync 0")
@@ -164,5 +164,5 @@ def test_zeroing_uses_the_file_system(serve: Callable[..., Device], image: Calla
         sh("blkdiscard", "--length", MIB, device.path)
         sh("fallocate", "--zero-range", "--keep-size", "--offset", MIB, "--length", MIB, device.path)
     assert device.ios("write") == writes
-    assert len(events.of("io_uring_submit_req", "FALLOCATE")) >= 2
+    assert len(events.of(trace.SUBMIT, "FALLOCATE")) >= 2
     assert events.of("ext4_punch_hole") and events.of("ext4_zero_range")

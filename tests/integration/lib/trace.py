@@ -11,6 +11,15 @@ from pathlib import Path
 TRACEFS = Path("/sys/kernel/tracing")
 
 
+def _there(event: str) -> bool:
+    return os.path.exists(TRACEFS / "events" / event)
+
+
+# Linux 6.4 gave it its name of today.
+SUBMIT = "io_uring_submit_req" if _there("io_uring/io_uring_submit_req") else "io_uring_submit_sqe"
+"""io_uring's event of a submission."""
+
+
 class Events:
     """Lines of the trace, there once the recording is over."""
 
