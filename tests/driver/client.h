@@ -77,9 +77,10 @@ static inline void control_close(struct control *c)
 }
 
 #define TIMED_OUT (-ETIMEDOUT) /* no command of ours ends so by itself */
+#define PATIENCE_MS 300000      /* for what does not wait for long, on however busy a machine */
 
-/* One command; cancelled after timeout_ms, which shows as TIMED_OUT. */
-static inline int control_raw(struct control *c, uint32_t op, const struct ublksrv_ctrl_cmd *cmd, int timeout_ms)
+/* One command, cancelled after timeout_ms. -ECANCELED: it had not begun; -EINTR: it was waiting. */
+static inline int control_once(struct control *c, uint32_t op, const struct ublksrv_ctrl_cmd *cmd, int timeout_ms)
 {
 	struct io_uring_sqe *sqe = get_sqe(&c->ring, 128);
 	struct __kernel_timespec ts = { timeout_ms / 1000, timeout_ms % 1000 * 1000000L };
@@ -105,7 +106,7 @@ static inline int control_raw(struct control *c, uint32_t op, const struct ublks
 			sqe->user_data = 2;
 			io_uring_submit(&c->ring);
 			cancelled = true;
-			ts.tv_sec = 60;
+			ts.tv_sec = PATIENCE_MS / 1000;
 			continue;
 		}
 		if (err) {
@@ -117,13 +118,24 @@ static inline int control_raw(struct control *c, uint32_t op, const struct ublks
 		io_uring_cqe_seen(&c->ring, cqe);
 		if (err)
 			continue;
-		if (!cancelled)
-			return res;
-		/* the cancel's own answer */
-		while (io_uring_peek_cqe(&c->ring, &cqe) == 0)
+		/* the cancel's own answer; one that comes later is skipped by the next command */
+		while (cancelled && io_uring_peek_cqe(&c->ring, &cqe) == 0)
 			io_uring_cqe_seen(&c->ring, cqe);
-		return res == -EINTR || res == -ECANCELED ? TIMED_OUT : res;
+		return res;
 	}
+}
+
+/*
+ * One command; TIMED_OUT if it was still waiting after timeout_ms. On a busy
+ * machine it may not even have begun by then: again, with more time.
+ */
+static inline int control_raw(struct control *c, uint32_t op, const struct ublksrv_ctrl_cmd *cmd, int timeout_ms)
+{
+	int res;
+
+	while ((res = control_once(c, op, cmd, timeout_ms)) == -ECANCELED)
+		timeout_ms *= 2;
+	return res == -EINTR ? TIMED_OUT : res;
 }
 
 static inline int control(struct control *c, uint32_t op, uint32_t id, void *buf, unsigned int len, uint64_t data)
@@ -136,7 +148,7 @@ static inline int control(struct control *c, uint32_t op, uint32_t id, void *buf
 		.data = { data },
 	};
 
-	return control_raw(c, op, &cmd, 20000);
+	return control_raw(c, op, &cmd, PATIENCE_MS);
 }
 
 static inline int add(struct control *c, struct ublksrv_ctrl_dev_info *info, unsigned int queues,
@@ -179,8 +191,8 @@ static inline int open_char(uint32_t id)
 	int fd, i;
 
 	snprintf(path, sizeof(path), "/dev/ublkc%u", id);
-	/* udev may have it open for a moment */
-	for (i = 0; i < 1000; i++) {
+	/* who had it last may not be quite gone */
+	for (i = 0; i < 30000; i++) {
 		fd = open(path, O_RDWR | O_CLOEXEC);
 		if (fd >= 0 || (errno != EBUSY && errno != ENOENT))
 			break;
@@ -204,8 +216,8 @@ static inline struct ublksrv_io_desc *map_queue(int fd, unsigned int queue, unsi
 	return mmap(NULL, descs_size(depth), PROT_READ, MAP_SHARED, fd, descs_offset(queue));
 }
 
-static inline void io_cmd(struct io_uring *ring, int fd, uint32_t op, unsigned int queue, unsigned int tag, int res,
-			  uint64_t addr)
+static inline struct io_uring_sqe *io_cmd(struct io_uring *ring, int fd, uint32_t op, unsigned int queue,
+					  unsigned int tag, int res, uint64_t addr)
 {
 	struct io_uring_sqe *sqe = get_sqe(ring, sizeof(*sqe));
 	struct ublksrv_io_cmd cmd = { .q_id = queue, .tag = tag, .result = res, .addr = addr };
@@ -215,6 +227,7 @@ static inline void io_cmd(struct io_uring *ring, int fd, uint32_t op, unsigned i
 	sqe->cmd_op = op;
 	sqe->user_data = tag;
 	memcpy((char *)sqe + 48, &cmd, sizeof(cmd));
+	return sqe;
 }
 
 #endif

@@ -229,20 +229,137 @@ static void param_cases(void)
 	drop(id);
 }
 
-/* One I/O command and what it says at once: 1000 if it stays pending. */
-static long io_now(struct io_uring *ring, int fd, uint32_t op, unsigned int q, unsigned int tag, int res,
-		   uint64_t addr)
+/* Where the readers below read and write: nobody who looks at a new disk does it here. */
+#define SECTOR 8200
+#define PENDING 1000
+
+struct server {
+	struct io_uring ring;
+	int fd;
+	struct ublksrv_io_desc *descs[QUEUES];
+	uint64_t flags;
+	unsigned int asked;	/* number of the last command */
+	unsigned int back;	/* tags given back */
+	unsigned int op;	/* of the reader's request */
+	struct delivery {
+		bool there;
+		unsigned int q, tag;
+		int res;
+	} request;		/* the reader's */
+};
+
+/* The tag's buffer, or 0 where there are none. */
+static uint64_t buffer(const struct server *s, unsigned int q, unsigned int tag)
+{
+	static char bufs[QUEUES * DEPTH][MAX_IO];
+
+	return s->flags & UBLK_F_USER_COPY ? 0 : (uintptr_t)bufs[q * DEPTH + tag];
+}
+
+static void send_io(struct server *s, uint32_t op, unsigned int q, unsigned int tag, int res, uint64_t addr)
+{
+	struct io_uring_sqe *sqe = io_cmd(&s->ring, s->fd, op, q, tag, res, addr);
+
+	sqe->user_data = (uint64_t)++s->asked << 32 | q << 16 | tag;
+	io_uring_submit(&s->ring);
+}
+
+/* A tag comes back: with the reader's request, or with one of somebody else, which is served at once. */
+static void deliver(struct server *s, unsigned int q, unsigned int tag, int res)
+{
+	struct ublksrv_io_desc *desc;
+
+	if (res == -ENODEV) {
+		s->back++;
+		return;
+	}
+	if (res < 0 || q >= QUEUES || tag >= DEPTH) {
+		errno = -res;
+		die("a command failed that should not");
+	}
+	desc = &s->descs[q][tag];
+	if (desc->start_sector == SECTOR && ublksrv_get_op(desc) == s->op && !s->request.there)
+		s->request = (struct delivery){ true, q, tag, res };
+	else if (res == UBLK_IO_RES_NEED_GET_DATA)
+		send_io(s, UBLK_U_IO_NEED_GET_DATA, q, tag, 0, buffer(s, q, tag));
+	else
+		send_io(s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, q, tag, desc->nr_sectors << 9, buffer(s, q, tag));
+}
+
+/* All that has come. The result of command number `of`, if it is among it and is no request. */
+static long drain(struct server *s, unsigned int of)
 {
 	struct io_uring_cqe *cqe;
-	long result = 1000;
+	long result = PENDING;
 
-	io_cmd(ring, fd, op, q, tag, res, addr);
-	io_uring_submit(ring);
-	if (!io_uring_peek_cqe(ring, &cqe)) {
-		result = cqe->res;
-		io_uring_cqe_seen(ring, cqe);
+	while (!io_uring_peek_cqe(&s->ring, &cqe)) {
+		uint64_t whose = cqe->user_data;
+		int res = cqe->res;
+
+		io_uring_cqe_seen(&s->ring, cqe);
+		if (of && whose >> 32 == of && res < 0)
+			result = res;
+		else
+			deliver(s, whose >> 16 & 0xffff, whose & 0xffff, res);
 	}
 	return result;
+}
+
+/* Wait a little for more. */
+static void pump(struct server *s)
+{
+	struct __kernel_timespec ts = { 0, 20000000 };
+	struct io_uring_cqe *cqe;
+
+	if (!io_uring_wait_cqe_timeout(&s->ring, &cqe, &ts))
+		drain(s, 0);
+}
+
+/* One I/O command and what it says at once: PENDING if it wasn't refused. */
+static long io_now(struct server *s, uint32_t op, unsigned int q, unsigned int tag, int res, uint64_t addr)
+{
+	send_io(s, op, q, tag, res, addr);
+	return drain(s, s->asked);
+}
+
+/* NEED_GET_DATA, and its result, which may come a little later. */
+static long get_data(struct server *s, uint64_t addr)
+{
+	const struct delivery *d = &s->request;
+	unsigned int number;
+
+	send_io(s, UBLK_U_IO_NEED_GET_DATA, d->q, d->tag, 0, addr);
+	for (number = s->asked;;) {
+		struct io_uring_cqe *cqe;
+		uint64_t whose;
+		int res;
+
+		if (io_uring_wait_cqe(&s->ring, &cqe))
+			continue;
+		whose = cqe->user_data;
+		res = cqe->res;
+		io_uring_cqe_seen(&s->ring, cqe);
+		if (whose >> 32 == number)
+			return res;
+		deliver(s, whose >> 16 & 0xffff, whose & 0xffff, res);
+	}
+}
+
+/* A control command given by another process while we serve: it may wait for us. */
+static int control_and_serve(struct server *s, uint32_t op, uint32_t id, uint64_t data)
+{
+	pid_t pid = fork();
+	int status;
+
+	if (!pid) {
+		struct control other;
+
+		control_open(&other);
+		_exit(-control(&other, op, id, NULL, 0, data));
+	}
+	while (!waitpid(pid, &status, WNOHANG))
+		pump(s);
+	return -WEXITSTATUS(status);
 }
 
 static void file_cases(uint32_t id)
@@ -281,6 +398,7 @@ struct reader {
 	uint32_t id;
 	long result;
 	int write;
+	bool done;
 };
 
 static void *reader(void *arg)
@@ -292,170 +410,129 @@ static void *reader(void *arg)
 
 	snprintf(path, sizeof(path), "/dev/ublkb%u", r->id);
 	fd = open(path, O_RDWR | O_DIRECT);
-	r->result = fd < 0 ? -errno : r->write ? pwrite(fd, buf, 4096, 0) : pread(fd, buf, 4096, 0);
+	r->result = fd < 0 ? -errno : r->write ? pwrite(fd, buf, 4096, SECTOR << 9) :
+						 pread(fd, buf, 4096, SECTOR << 9);
 	if (r->result < 0)
 		r->result = -errno;
 	close(fd);
+	__atomic_store_n(&r->done, true, __ATOMIC_RELEASE);
 	return NULL;
 }
 
-/* A live device whose server does each thing that it should not. */
+static void say_of(const char *kind, const char *op, const char *what, long result)
+{
+	char name[96];
+
+	if (op)
+		snprintf(name, sizeof(name), "%s.%s.%s", kind, op, what);
+	else
+		snprintf(name, sizeof(name), "%s.%s", kind, what);
+	say(name, result);
+}
+
+static long copied(ssize_t bytes)
+{
+	return bytes < 0 ? -errno : bytes;
+}
+
+/* A request that is with the server, which does each thing that it should not, and then answers. */
+static void request_cases(struct server *s, const char *kind, uint32_t id, int write)
+{
+	const char *op = write ? "write" : "read";
+	struct delivery *d = &s->request;
+	struct reader r = { .id = id, .write = write };
+	bool user_copy = s->flags & UBLK_F_USER_COPY;
+	pthread_t thread;
+	char buf[512];
+	uint64_t good, bad;
+	off_t pos;
+
+	s->op = write ? UBLK_IO_OP_WRITE : UBLK_IO_OP_READ;
+	d->there = false;
+	pthread_create(&thread, NULL, reader, &r);
+	while (!d->there)
+		pump(s);
+	good = buffer(s, d->q, d->tag);
+	bad = user_copy ? (uintptr_t)buf : 0;
+	say_of(kind, op, "delivered", d->res);
+	say_of(kind, op, "op", s->descs[d->q][d->tag].op_flags & 0xff);
+	say_of(kind, op, "sectors", s->descs[d->q][d->tag].nr_sectors);
+	say_of(kind, op, "fetch", io_now(s, UBLK_U_IO_FETCH_REQ, d->q, d->tag, 0, good));
+	say_of(kind, op, "commit-bad-address",
+	       io_now(s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, d->q, d->tag, 4096, bad));
+	if (s->flags & UBLK_F_NEED_GET_DATA && write)
+		say_of(kind, op, "commit-without-data",
+		       io_now(s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, d->q, d->tag, 4096, good));
+	say_of(kind, op, "get-data", get_data(s, good));
+	pos = UBLKSRV_IO_BUF_OFFSET + ((off_t)d->q << UBLK_QID_OFF) + ((off_t)d->tag << UBLK_TAG_OFF);
+	say_of(kind, op, "pread", copied(pread(s->fd, buf, 512, pos)));
+	say_of(kind, op, "pwrite", copied(pwrite(s->fd, buf, 512, pos)));
+	say_of(kind, op, "pread-past-end", copied(pread(s->fd, buf, 512, pos + 8192)));
+	say_of(kind, op, "pread-at-end", copied(pread(s->fd, buf, 512, pos + 4096)));
+	say_of(kind, op, "pread-idle", copied(pread(s->fd, buf, 512, pos ^ (1 << UBLK_TAG_OFF))));
+	say_of(kind, op, "pread-low", copied(pread(s->fd, buf, 512, 0)));
+	say_of(kind, op, "commit", io_now(s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, d->q, d->tag, 4096, good));
+	while (!__atomic_load_n(&r.done, __ATOMIC_ACQUIRE))
+		pump(s);
+	pthread_join(thread, NULL);
+	say_of(kind, op, "result", r.result);
+}
+
+/* A live device. */
 static void io_cases(const char *kind, uint64_t flags)
 {
-	static char bufs[QUEUES * DEPTH][MAX_IO];
 	uint32_t id = make(flags | UBLK_F_NO_AUTO_PART_SCAN);
 	struct ublk_params params = plain_params(BYTES);
-	bool user_copy = flags & UBLK_F_USER_COPY;
-	struct io_uring_cqe *cqe;
-	struct io_uring ring;
-	unsigned int q, tag, busy_q = 0, busy_tag = 0;
-	struct reader r = { .id = id };
-	pthread_t thread;
-	char name[64];
-	int fd, err;
+	struct server s = { .flags = flags };
+	unsigned int q, tag;
 	uint64_t good, bad;
-	pid_t starter;
 
-#define SAY(what, value) do {								\
-		snprintf(name, sizeof(name), "%s.%s", kind, what);			\
-		say(name, value);							\
-	} while (0)
-	good = user_copy ? 0 : (uintptr_t)bufs[0];
-	bad = user_copy ? (uintptr_t)bufs[0] : 0;
+#define SAY(what, value) say_of(kind, NULL, what, value)
 	file_cases(id);
 	set_params(&c, id, &params);
-	fd = open_char(id);
-	struct ublksrv_io_desc *descs[QUEUES];
+	s.fd = open_char(id);
 	for (q = 0; q < QUEUES; q++)
-		descs[q] = map_queue(fd, q, DEPTH);
-	io_uring_queue_init(64, &ring, 0);
-	SAY("fetch.no-queue", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, QUEUES, 0, 0, good));
-	SAY("fetch.no-tag", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, 0, DEPTH, 0, good));
+		s.descs[q] = map_queue(s.fd, q, DEPTH);
+	io_uring_queue_init(64, &s.ring, 0);
+	good = buffer(&s, 0, 0);
+	bad = good ? 0 : (uintptr_t)&s;
+	SAY("fetch.no-queue", io_now(&s, UBLK_U_IO_FETCH_REQ, QUEUES, 0, 0, good));
+	SAY("fetch.no-tag", io_now(&s, UBLK_U_IO_FETCH_REQ, 0, DEPTH, 0, good));
 	if (!(flags & UBLK_F_NEED_GET_DATA))
-		SAY("fetch.address", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, 0, 0, 0, bad));
-	SAY("commit.before-fetch", io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0, 0, 0, good));
-	SAY("get-data.before-fetch", io_now(&ring, fd, UBLK_U_IO_NEED_GET_DATA, 0, 0, 0, good));
-	SAY("unknown-command", io_now(&ring, fd, _IOWR('u', 0x3f, struct ublksrv_io_cmd), 0, 0, 0, good));
-	SAY("other-type", io_now(&ring, fd, _IOWR('x', 0x20, struct ublksrv_io_cmd), 0, 0, 0, good));
+		SAY("fetch.address", io_now(&s, UBLK_U_IO_FETCH_REQ, 0, 0, 0, bad));
+	SAY("commit.before-fetch", io_now(&s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0, 0, 0, good));
+	SAY("get-data.before-fetch", io_now(&s, UBLK_U_IO_NEED_GET_DATA, 0, 0, 0, good));
+	SAY("unknown-command", io_now(&s, _IOWR('u', 0x3f, struct ublksrv_io_cmd), 0, 0, 0, good));
+	SAY("other-type", io_now(&s, _IOWR('x', 0x20, struct ublksrv_io_cmd), 0, 0, 0, good));
 	for (q = 0; q < QUEUES; q++) {
 		for (tag = 0; tag < DEPTH; tag++) {
-			long res = io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, q, tag, 0,
-					  user_copy ? 0 : (uintptr_t)bufs[q * DEPTH + tag]);
+			long res = io_now(&s, UBLK_U_IO_FETCH_REQ, q, tag, 0, buffer(&s, q, tag));
 
-			if (res != 1000)
+			if (res != PENDING)
 				SAY("fetch", res);
 		}
 		if (!q)
-			SAY("fetch.again", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
+			SAY("fetch.again", io_now(&s, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
 	}
-	SAY("fetch.when-ready", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
-	SAY("commit.when-idle", io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0, 0, 0, good));
+	SAY("fetch.when-ready", io_now(&s, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
+	SAY("commit.when-idle", io_now(&s, UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0, 0, 0, good));
 	SAY("start.no-pid", control(&c, UBLK_U_CMD_START_DEV, id, NULL, 0, 0));
-	/* nothing has to be served for a start without a look at partitions; the in-kernel driver may look */
-	starter = fork();
-	if (!starter) {
-		struct control other;
-
-		control_open(&other);
-		_exit(-control(&other, UBLK_U_CMD_START_DEV, id, NULL, 0, getppid()));
-	}
-	for (;;) {
-		struct __kernel_timespec ts = { 0, 50000000 };
-
-		if (waitpid(starter, &err, WNOHANG))
-			break;
-		if (!io_uring_wait_cqe_timeout(&ring, &cqe, &ts)) {
-			tag = cqe->user_data;
-			io_uring_cqe_seen(&ring, cqe);
-			for (q = 0; q < QUEUES; q++)
-				io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, q, tag, 4096,
-				       user_copy ? 0 : (uintptr_t)bufs[q * DEPTH + tag]);
-		}
-	}
-	SAY("start", -WEXITSTATUS(err));
+	SAY("start", control_and_serve(&s, UBLK_U_CMD_START_DEV, id, getpid()));
 	SAY("start.again.params", set_params(&c, id, &params));
 	SAY("recovery.of-a-live-one", control(&c, UBLK_U_CMD_START_USER_RECOVERY, id, NULL, 0, 0));
-
-	for (r.write = 0; r.write < 2; r.write++) {
-		const char *op = r.write ? "write" : "read";
-		struct __kernel_timespec ts = { 5, 0 };
-		char buf[512];
-		off_t pos;
-
-		pthread_create(&thread, NULL, reader, &r);
-		do {
-			err = io_uring_wait_cqe_timeout(&ring, &cqe, &ts);
-			if (err)
-				break;
-			tag = cqe->user_data;
-			snprintf(name, sizeof(name), "%s.%s.delivered", kind, op);
-			say(name, cqe->res);
-			io_uring_cqe_seen(&ring, cqe);
-		} while (0);
-		busy_tag = tag;
-		/* the queue is whose descriptor is this request and whose tag isn't idle */
-		for (busy_q = 0; busy_q < QUEUES; busy_q++) {
-			long res = io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, busy_q, busy_tag, 0, good);
-
-			(void)res;
-			if (io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, busy_q, busy_tag, 0, bad) != -EBUSY)
-				break;
-		}
-		snprintf(name, sizeof(name), "%s.%s.op", kind, op);
-		say(name, busy_q < QUEUES ? (long)descs[busy_q][busy_tag].op_flags & 0xff : -1);
-		if (busy_q == QUEUES)
-			break;
-		if (flags & UBLK_F_NEED_GET_DATA && r.write) {
-			snprintf(name, sizeof(name), "%s.%s.commit-without-data", kind, op);
-			say(name, io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, busy_q, busy_tag, 4096, good));
-			/* the CQE may take the way through task work: wait for it */
-			io_cmd(&ring, fd, UBLK_U_IO_NEED_GET_DATA, busy_q, busy_tag, 0, good);
-			io_uring_submit(&ring);
-			err = io_uring_wait_cqe_timeout(&ring, &cqe, &ts);
-			snprintf(name, sizeof(name), "%s.%s.get-data", kind, op);
-			say(name, err ? err : cqe->res);
-			if (!err)
-				io_uring_cqe_seen(&ring, cqe);
-		} else {
-			snprintf(name, sizeof(name), "%s.%s.get-data", kind, op);
-			say(name, io_now(&ring, fd, UBLK_U_IO_NEED_GET_DATA, busy_q, busy_tag, 0, good));
-		}
-		pos = UBLKSRV_IO_BUF_OFFSET + ((off_t)busy_q << UBLK_QID_OFF) + ((off_t)busy_tag << UBLK_TAG_OFF);
-		snprintf(name, sizeof(name), "%s.%s.pread", kind, op);
-		say(name, (err = pread(fd, buf, 512, pos)) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.pwrite", kind, op);
-		say(name, (err = pwrite(fd, buf, 512, pos)) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.pread-past-end", kind, op);
-		say(name, (err = pread(fd, buf, 512, pos + 8192)) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.pread-at-end", kind, op);
-		say(name, (err = pread(fd, buf, 512, pos + 4096)) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.pread-idle", kind, op);
-		say(name, (err = pread(fd, buf, 512, pos ^ (1 << UBLK_TAG_OFF))) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.pread-low", kind, op);
-		say(name, (err = pread(fd, buf, 512, 0)) < 0 ? -errno : err);
-		snprintf(name, sizeof(name), "%s.%s.commit", kind, op);
-		say(name, io_now(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, busy_q, busy_tag, 4096, good));
-		pthread_join(thread, NULL);
-		snprintf(name, sizeof(name), "%s.%s.result", kind, op);
-		say(name, r.result);
-	}
-	SAY("stop", control(&c, UBLK_U_CMD_STOP_DEV, id, NULL, 0, 0));
-	for (q = 0, err = 0; q < QUEUES * DEPTH; q++) {
-		struct __kernel_timespec ts = { 2, 0 };
-
-		if (io_uring_wait_cqe_timeout(&ring, &cqe, &ts))
-			break;
-		err += cqe->res == -ENODEV;
-		io_uring_cqe_seen(&ring, cqe);
-	}
-	SAY("stop.tags-back", err);
+	request_cases(&s, kind, id, 0);
+	request_cases(&s, kind, id, 1);
+	SAY("stop", control_and_serve(&s, UBLK_U_CMD_STOP_DEV, id, 0));
+	while (s.back < QUEUES * DEPTH)
+		pump(&s);
 	SAY("stop.again", control(&c, UBLK_U_CMD_STOP_DEV, id, NULL, 0, 0));
-	SAY("fetch.after-stop", io_now(&ring, fd, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
-	io_uring_queue_exit(&ring);
+	SAY("fetch.after-stop", io_now(&s, UBLK_U_IO_FETCH_REQ, 0, 0, 0, good));
+	io_uring_queue_exit(&s.ring);
 	for (q = 0; q < QUEUES; q++)
-		munmap(descs[q], descs_size(DEPTH));
-	close(fd);
+		munmap(s.descs[q], descs_size(DEPTH));
+	close(s.fd);
 	drop(id);
+#undef SAY
 }
 
 int main(void)

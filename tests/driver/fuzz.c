@@ -369,9 +369,9 @@ int main(int argc, char **argv)
 	for (i = 0; i < ACTORS; i++) {
 		int waited = 0;
 
-		while (!waitpid(pids[i], NULL, WNOHANG) && waited++ < 3000)
+		while (!waitpid(pids[i], NULL, WNOHANG) && waited++ < 30000)
 			usleep(10000);
-		if (waited >= 3000) {
+		if (waited >= 30000) {
 			fprintf(stderr, "actor %d (pid %d) does not end\n", i, pids[i]);
 			left++;
 		}

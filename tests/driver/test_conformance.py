@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import CLIENTS
 
+from ublkd.control.commands import Control
+
 TOP = Path(__file__).resolve().parents[2]
 MODULE = TOP / "build" / "driver" / os.uname().release / "ublkd_drv.ko"
 
@@ -27,6 +29,8 @@ DIFFERENCES: dict[str, tuple[int, int]] = {
     "params.huge-shift.read-back": (1, 0),
     "params.huge-size": (0, -22),
     "params.huge-size.read-back": (1, 0),
+    # FETCH of a tag whose write waits for its data is refused because all is fetched, as in 7.2
+    "get-data.write.fetch": (-22, -16),
     # pread and pwrite without USER_COPY are forbidden, rather than wrong, as in 7.2
     **{
         f"{kind}.{op}.{call}": (-22, -13)
@@ -38,7 +42,8 @@ DIFFERENCES: dict[str, tuple[int, int]] = {
 """By name: the kernel's result, and ours. docs/driver.md says why."""
 
 
-LIMIT_S = 600
+LIMIT_S = 1200
+"""Only so that a hang is a failure: the cases take seconds."""
 
 
 def results() -> dict[str, int]:
@@ -47,10 +52,20 @@ def results() -> dict[str, int]:
         done = subprocess.run([CLIENTS / "conformance"], capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired as e:
         last = (e.stdout or b"").decode().splitlines()[-3:]
+        delete_all()
         pytest.fail(f"the cases were not through within {LIMIT_S} seconds; the last were {last}", pytrace=False)
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    if done.returncode:
+        delete_all()
+        pytest.fail(f"exit status {done.returncode}: {done.stderr}{done.stdout[-500:]}", pytrace=False)
     pairs = (line.split() for line in done.stdout.splitlines())
     return {name: int(value) for name, value in pairs}
+
+
+def delete_all() -> None:
+    """What a failed run leaves, so that the driver can be unloaded and the failure is the one that is told."""
+    with Control() as ctl:
+        for node in Path("/sys/class/ublk-char").iterdir():
+            ctl.del_dev(int(node.name.removeprefix("ublkc")))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ SEED = os.environ.get("UBLKD_FUZZ_SEED", str(int(time.time())))
 @pytest.mark.usefixtures("ours")
 def test_fuzz(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [CLIENTS / "fuzz", str(SECONDS), SEED], capture_output=True, text=True, timeout=SECONDS + 240
+        [CLIENTS / "fuzz", str(SECONDS), SEED], capture_output=True, text=True, timeout=SECONDS + 1800
     )
     with capsys.disabled():
         print(f"\nfuzz: {done.stdout.strip()}")

@@ -7,7 +7,6 @@ import errno
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -133,12 +132,10 @@ def test_a_server_that_does_not_answer_in_time_is_killed() -> None:
         with open(path_of(info.dev_id), "rb", buffering=0) as disk:
             assert disk.read(4096) == bytes(4096)
             os.kill(pid, signal.SIGSTOP)
-            begun = time.monotonic()
             with pytest.raises(OSError) as caught:
                 os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 os.pread(disk.fileno(), 4096, 8 << 20)
             assert caught.value.errno == errno.EIO
-            assert time.monotonic() - begun < 60
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         ctl.del_dev(info.dev_id)
 
