@@ -118,6 +118,40 @@ static inline void ublk_vma_never_writable(struct vm_area_struct *vma)
 #endif
 }
 
+/* Limits since 6.11, setters in 6.1; what lies between is not offered zoned devices. */
+#if defined(UBLK_HAVE_ZONED_LIMITS) || defined(UBLK_HAVE_ZONED_SETTERS)
+#define UBLK_HAVE_ZONED		1
+
+static inline int ublk_revalidate_disk_zones(struct gendisk *disk)
+{
+#ifdef UBLK_HAVE_ZONED_LIMITS
+	return blk_revalidate_disk_zones(disk);
+#else
+	return blk_revalidate_disk_zones(disk, NULL);
+#endif
+}
+
+/* What a report of zones hands on: 6.19 or so put it into a structure of the block layer's own. */
+struct ublk_zone_args {
+#ifdef UBLK_HAVE_REPORT_ZONES_ARGS
+	struct blk_report_zones_args *core;
+#else
+	report_zones_cb fn;
+	void *data;
+#endif
+};
+
+/* 6.16 dropped the queue, which the request knows. */
+static inline int ublk_rq_map_kern(struct request *req, void *data, unsigned int bytes, gfp_t gfp)
+{
+#ifdef UBLK_HAVE_RQ_MAP_KERN_QUEUE
+	return blk_rq_map_kern(req->q, req, data, bytes, gfp);
+#else
+	return blk_rq_map_kern(req, data, bytes, gfp);
+#endif
+}
+#endif
+
 /* 6.3 replaced the user namespace of a mount by its own kind of map. */
 static inline int ublk_inode_permission(struct inode *inode, int mask)
 {

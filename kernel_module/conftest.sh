@@ -72,6 +72,42 @@ C
 #include <linux/blk-mq.h>
 int f(void) { return BLK_MQ_F_SHOULD_MERGE; }
 C
+	check ZONED_LIMITS "$@" <<'C'
+#include <linux/blkdev.h>
+#ifndef CONFIG_BLK_DEV_ZONED
+#error no zoned devices
+#endif
+int f(struct gendisk *d, struct queue_limits *l)
+{
+	l->features |= BLK_FEAT_ZONED;
+	l->max_open_zones = 1;
+	return blk_revalidate_disk_zones(d);
+}
+C
+	check ZONED_SETTERS "$@" <<'C'
+#include <linux/blkdev.h>
+#ifndef CONFIG_BLK_DEV_ZONED
+#error no zoned devices
+#endif
+int f(struct gendisk *d)
+{
+	disk_set_zoned(d, BLK_ZONED_HM);
+	blk_queue_required_elevator_features(d->queue, ELEVATOR_F_ZBD_SEQ_WRITE);
+	return blk_revalidate_disk_zones(d, NULL);
+}
+C
+	check HW_ZONE_APPEND "$@" <<'C'
+#include <linux/blkdev.h>
+void f(struct queue_limits *l) { l->max_hw_zone_append_sectors = 1; }
+C
+	check REPORT_ZONES_ARGS "$@" <<'C'
+#include <linux/blkdev.h>
+int f(struct gendisk *d, struct blk_zone *z, struct blk_report_zones_args *a) { return disk_report_zone(d, z, 0, a); }
+C
+	check RQ_MAP_KERN_QUEUE "$@" <<'C'
+#include <linux/blk-mq.h>
+int f(struct request *r, void *p) { return blk_rq_map_kern(r->q, r, p, 1, GFP_KERNEL); }
+C
 	check OPEN_DISK "$@" <<'C'
 #include <linux/blkdev.h>
 static int o(struct gendisk *d, blk_mode_t m) { return 0; }

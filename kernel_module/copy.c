@@ -113,9 +113,9 @@ static ssize_t ublk_user_copy(struct kiocb *iocb, struct iov_iter *iter, int dir
 	req = ublk_req_get(q, tag);
 	if (!req)
 		return -EINVAL;
-	if (!ublk_req_has_data(req) || offset > blk_rq_bytes(req))
+	if (!(ublk_req_fills(req) || ublk_req_drains(req)) || offset > blk_rq_bytes(req))
 		moved = -EINVAL;
-	else if (req_op(req) != (dir == ITER_DEST ? REQ_OP_WRITE : REQ_OP_READ))
+	else if (dir == ITER_DEST ? !ublk_req_drains(req) : !ublk_req_fills(req))
 		moved = -EACCES;
 	else
 		moved = ublk_copy_request(req, offset, iter, dir);

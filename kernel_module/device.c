@@ -127,6 +127,9 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 	}
 	info->flags &= UBLK_FEATURES;
 	info->flags |= UBLK_FEATURES_ALWAYS;
+	/* where an append's data went is told in the place of a buffer's address */
+	if ((info->flags & UBLK_F_ZONED) && !(info->flags & UBLK_F_USER_COPY))
+		return -EINVAL;
 	if (info->flags & UBLK_F_USER_COPY)
 		info->flags &= ~UBLK_F_NEED_GET_DATA;
 	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues, nr_cpu_ids);
@@ -342,12 +345,15 @@ static int ublk_start_locked(struct ublk_device *ub, int pid)
 	spin_unlock(&ub->lock);
 
 	set_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
-	err = add_disk(disk);
+	err = ublk_has(ub, UBLK_F_ZONED) ? ublk_check_zones(ub, disk) : 0;
+	if (!err)
+		err = add_disk(disk);
 	if (!err) {
 		ublk_begin_scan(ub, disk);
 		return 0;
 	}
 	spin_lock(&ub->lock);
+	ub->started = false;
 	ub->disk = NULL;
 	ub->info.state = UBLK_S_DEV_DEAD;
 	ublk_set_up(ub, false);
@@ -472,7 +478,10 @@ int ublk_update_size(struct ublk_device *ub, u64 sectors)
 		return -EINVAL;
 	if (mutex_lock_interruptible(&ub->mutex))
 		return -EINTR;
-	if (ub->disk) {
+	if (ublk_has(ub, UBLK_F_ZONED)) {
+		/* the block layer's account of zones would lag behind */
+		err = -EOPNOTSUPP;
+	} else if (ub->disk) {
 		ub->params.basic.dev_sectors = sectors;
 		set_capacity_and_notify(ub->disk, sectors);
 	} else {

@@ -56,14 +56,21 @@
 /* How often is looked for dead servers, where nothing tells of them. */
 #define UBLK_WATCH_PERIOD	HZ
 
-/* What is built, on every kernel. ADD_DEV drops what is not in here. */
+#ifdef UBLK_HAVE_ZONED
+#define UBLK_FEATURES_ZONED	UBLK_F_ZONED
+#else
+#define UBLK_FEATURES_ZONED	0
+#endif
+
+/* What is built for this kernel. ADD_DEV drops what is not in here. */
 #define UBLK_FEATURES (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_NEED_GET_DATA |	\
 		       UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |	\
 		       UBLK_F_UNPRIVILEGED_DEV | UBLK_F_CMD_IOCTL_ENCODE |	\
 		       UBLK_F_USER_COPY | UBLK_F_USER_RECOVERY_FAIL_IO |	\
 		       UBLK_F_UPDATE_SIZE | UBLK_F_QUIESCE |			\
 		       UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
-		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS)
+		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS |		\
+		       UBLK_FEATURES_ZONED)
 
 /* Not asked for but told: ways in which this driver behaves with any server. */
 #define UBLK_FEATURES_ALWAYS (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_CMD_IOCTL_ENCODE |	\
@@ -152,6 +159,7 @@ struct ublk_device {
 	bool served;			/* a queue was fetched once */
 	bool plain_daemon;		/* a tag was fetched without CAP_SYS_ADMIN */
 	bool no_open;			/* TRY_STOP_DEV is at work */
+	bool checking_zones;		/* START_DEV has the server report them */
 	unsigned int io_timeout;	/* seconds, then the server is killed; 0: never */
 
 	struct work_struct stop_work;
@@ -165,6 +173,9 @@ struct ublk_request {
 	refcount_t ref;
 	int res;
 	enum ublk_end { UBLK_END_COMMIT, UBLK_END_ABORT } end;
+	/* REPORT_ZONES: about which */
+	unsigned int zones;
+	sector_t zone_sector;
 };
 
 static inline bool ublk_has(const struct ublk_device *ub, u64 flag)
@@ -180,6 +191,17 @@ static inline bool ublk_may_recover(const struct ublk_device *ub)
 static inline bool ublk_req_has_data(const struct request *req)
 {
 	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_WRITE;
+}
+
+/* With UBLK_F_USER_COPY there are two more whose data the server moves. */
+static inline bool ublk_req_fills(const struct request *req)
+{
+	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_DRV_IN;
+}
+
+static inline bool ublk_req_drains(const struct request *req)
+{
+	return req_op(req) == REQ_OP_WRITE || req_op(req) == REQ_OP_ZONE_APPEND;
 }
 
 static inline size_t ublk_descs_size(unsigned int depth)
@@ -250,5 +272,36 @@ int ublk_start_recovery(struct ublk_device *ub);
 int ublk_end_recovery(struct ublk_device *ub, int pid);
 int ublk_quiesce(struct ublk_device *ub, u64 timeout_ms);
 int ublk_get_queue_states(struct ublk_device *ub, u64 addr, unsigned int len);
+
+/* zoned.c */
+#ifdef UBLK_HAVE_ZONED
+typedef int ublk_zone_fn(struct gendisk *disk, struct blk_zone *zone, unsigned int index, struct ublk_zone_args *args);
+
+bool ublk_zoned_ok(const struct ublk_params *params);
+int ublk_check_zones(struct ublk_device *ub, struct gendisk *disk);
+int ublk_zone_appended(struct ublk_device *ub, struct request *req, u64 sector, int res);
+#ifdef UBLK_HAVE_REPORT_ZONES_ARGS
+int ublk_report_zones(struct gendisk *disk, sector_t sector, unsigned int zones, struct blk_report_zones_args *core);
+#else
+int ublk_report_zones(struct gendisk *disk, sector_t sector, unsigned int zones, report_zones_cb fn, void *data);
+#endif
+#else
+#define ublk_report_zones	NULL
+
+static inline bool ublk_zoned_ok(const struct ublk_params *params)
+{
+	return false;
+}
+
+static inline int ublk_check_zones(struct ublk_device *ub, struct gendisk *disk)
+{
+	return -EOPNOTSUPP;
+}
+
+static inline int ublk_zone_appended(struct ublk_device *ub, struct request *req, u64 sector, int res)
+{
+	return -EIO;
+}
+#endif
 
 #endif

@@ -217,7 +217,7 @@ static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_c
 	bool user_copy = ublk_has(ub, UBLK_F_USER_COPY);
 	int err = -EIOCBQUEUED;
 
-	if (user_copy ? addr : !addr && (!ublk_has(ub, UBLK_F_NEED_GET_DATA) || req_op(req) == REQ_OP_READ)) {
+	if (user_copy ? addr && req_op(req) != REQ_OP_ZONE_APPEND : !addr && (!ublk_has(ub, UBLK_F_NEED_GET_DATA) || req_op(req) == REQ_OP_READ)) {
 		spin_lock(&io->lock);
 		io->state = UBLK_IO_SERVED;
 		spin_unlock(&io->lock);
@@ -227,6 +227,10 @@ static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_c
 		size_t bytes = min_t(size_t, res, blk_rq_bytes(req));
 
 		res = ublk_copy_from_server(req, addr, bytes);
+	}
+	if (unlikely(req_op(req) == REQ_OP_ZONE_APPEND)) {
+		res = ublk_zone_appended(ub, req, addr, res);
+		addr = 0;
 	}
 
 	/* armed before the request ends, since its tag is in use again right after */

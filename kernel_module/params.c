@@ -23,6 +23,9 @@ static bool ublk_basic_ok(struct ublk_device *ub, const struct ublk_param_basic 
 		return false;
 	if ((p->attrs & UBLK_ATTR_FUA) && !(p->attrs & UBLK_ATTR_VOLATILE_CACHE))
 		return false;
+	/* the block layer splits at a chunk's end, and must not split a block */
+	if (p->chunk_sectors & ((1U << (p->logical_bs_shift - SECTOR_SHIFT)) - 1))
+		return false;
 	return p->dev_sectors <= LLONG_MAX >> SECTOR_SHIFT;
 }
 
@@ -55,8 +58,13 @@ int ublk_params_check(struct ublk_device *ub, const struct ublk_params *params)
 
 	if (!(types & UBLK_PARAM_TYPE_BASIC) || !ublk_basic_ok(ub, &params->basic))
 		return -EINVAL;
-	/* read-only; and for devices of a kind that there are none of */
-	if (types & (UBLK_PARAM_TYPE_DEVT | UBLK_PARAM_TYPE_ZONED))
+	/* read-only */
+	if (types & UBLK_PARAM_TYPE_DEVT)
+		return -EINVAL;
+	/* a zoned device has them, and no other */
+	if (ublk_has(ub, UBLK_F_ZONED) != !!(types & UBLK_PARAM_TYPE_ZONED))
+		return -EINVAL;
+	if ((types & UBLK_PARAM_TYPE_ZONED) && !ublk_zoned_ok(params))
 		return -EINVAL;
 	if ((types & UBLK_PARAM_TYPE_DISCARD) && !ublk_discard_ok(&params->discard))
 		return -EINVAL;
@@ -96,6 +104,18 @@ static struct gendisk *ublk_alloc_disk_limited(struct ublk_device *ub)
 		lim.max_segment_size = p->seg.max_segment_size;
 		lim.max_segments = p->seg.max_segments;
 	}
+#ifdef UBLK_HAVE_ZONED_LIMITS
+	if (p->types & UBLK_PARAM_TYPE_ZONED) {
+		lim.features |= BLK_FEAT_ZONED;
+		lim.max_open_zones = p->zoned.max_open_zones;
+		lim.max_active_zones = p->zoned.max_active_zones;
+#ifdef UBLK_HAVE_HW_ZONE_APPEND
+		lim.max_hw_zone_append_sectors = p->zoned.max_zone_append_sectors;
+#else
+		lim.max_zone_append_sectors = p->zoned.max_zone_append_sectors;
+#endif
+	}
+#endif
 #ifdef UBLK_HAVE_LIMIT_FEATURES
 	if (p->basic.attrs & UBLK_ATTR_VOLATILE_CACHE)
 		lim.features |= BLK_FEAT_WRITE_CACHE;
@@ -140,6 +160,17 @@ static struct gendisk *ublk_alloc_disk_limited(struct ublk_device *ub)
 	/* after the segment size, which it makes unlimited */
 	if (p->basic.virt_boundary_mask)
 		blk_queue_virt_boundary(q, p->basic.virt_boundary_mask);
+#ifdef UBLK_HAVE_ZONED_SETTERS
+	if (p->types & UBLK_PARAM_TYPE_ZONED) {
+		disk_set_zoned(disk, BLK_ZONED_HM);
+		disk_set_max_open_zones(disk, p->zoned.max_open_zones);
+		disk_set_max_active_zones(disk, p->zoned.max_active_zones);
+		blk_queue_max_zone_append_sectors(q, p->zoned.max_zone_append_sectors);
+		blk_queue_flag_set(QUEUE_FLAG_ZONE_RESETALL, q);
+		/* a scheduler that keeps the writes to a zone in order */
+		blk_queue_required_elevator_features(q, ELEVATOR_F_ZBD_SEQ_WRITE);
+	}
+#endif
 	return disk;
 }
 #endif
@@ -196,6 +227,7 @@ static const struct block_device_operations ublk_blk_ops = {
 	.owner = THIS_MODULE,
 	.open = ublk_blk_open,
 	.free_disk = ublk_blk_free,
+	.report_zones = ublk_report_zones,
 };
 
 struct gendisk *ublk_alloc_disk(struct ublk_device *ub)

@@ -51,6 +51,21 @@ static int ublk_op_of(const struct request *req)
 		return UBLK_IO_OP_DISCARD;
 	case REQ_OP_WRITE_ZEROES:
 		return UBLK_IO_OP_WRITE_ZEROES;
+	/* of zoned devices only */
+	case REQ_OP_ZONE_OPEN:
+		return UBLK_IO_OP_ZONE_OPEN;
+	case REQ_OP_ZONE_CLOSE:
+		return UBLK_IO_OP_ZONE_CLOSE;
+	case REQ_OP_ZONE_FINISH:
+		return UBLK_IO_OP_ZONE_FINISH;
+	case REQ_OP_ZONE_APPEND:
+		return UBLK_IO_OP_ZONE_APPEND;
+	case REQ_OP_ZONE_RESET_ALL:
+		return UBLK_IO_OP_ZONE_RESET_ALL;
+	case REQ_OP_ZONE_RESET:
+		return UBLK_IO_OP_ZONE_RESET;
+	case REQ_OP_DRV_IN:
+		return UBLK_IO_OP_REPORT_ZONES;
 	default:
 		return -1;
 	}
@@ -64,7 +79,8 @@ void ublk_kick(struct gendisk *disk)
 static bool ublk_parks(struct ublk_device *ub)
 {
 	lockdep_assert_held(&ub->lock);
-	return ublk_may_recover(ub) && !ublk_has(ub, UBLK_F_USER_RECOVERY_FAIL_IO) && !ub->force_abort;
+	return ublk_may_recover(ub) && !ublk_has(ub, UBLK_F_USER_RECOVERY_FAIL_IO) && !ub->force_abort &&
+	       !ub->checking_zones;
 }
 
 static blk_status_t ublk_no_server(struct ublk_device *ub)
@@ -138,8 +154,13 @@ static blk_status_t ublk_take_request(struct blk_mq_hw_ctx *hctx, const struct b
 
 	refcount_set(&data->ref, 1);
 	desc->op_flags = op | ublk_flags_of(req->cmd_flags);
-	desc->nr_sectors = blk_rq_sectors(req);
-	desc->start_sector = blk_rq_pos(req);
+	if (unlikely(op == UBLK_IO_OP_REPORT_ZONES)) {
+		desc->nr_zones = data->zones;
+		desc->start_sector = data->zone_sector;
+	} else {
+		desc->nr_sectors = blk_rq_sectors(req);
+		desc->start_sector = blk_rq_pos(req);
+	}
 	blk_mq_start_request(req);
 	ublk_dispatch(cmd);
 	return BLK_STS_OK;

@@ -141,11 +141,12 @@ static bool ublk_task_is_ending(struct task_struct *task)
 
 /*
  * Commands of tasks that are on their way out, where io_uring doesn't tell, and
- * while the device is being stopped also their requests.
+ * while the device is being stopped, or its zones are reported, also their
+ * requests: a task may be kept from its end by the command that waits for them.
  */
 void ublk_reap_exiting(struct ublk_device *ub)
 {
-	bool abort = READ_ONCE(ub->force_abort);
+	bool abort = READ_ONCE(ub->force_abort) || READ_ONCE(ub->checking_zones);
 	unsigned int i, tag;
 
 	if (UBLK_URING_CANCELS && !abort)
@@ -192,7 +193,7 @@ void ublk_watch(struct work_struct *work)
 
 	ublk_reap_exiting(ub);
 	spin_lock(&ub->lock);
-	again = ub->files && (!UBLK_URING_CANCELS || (ub->force_abort && ub->disk));
+	again = ub->files && (!UBLK_URING_CANCELS || ((ub->force_abort || ub->checking_zones) && ub->disk));
 	spin_unlock(&ub->lock);
 	if (again)
 		queue_delayed_work(ublk_wq, &ub->watch_work, UBLK_WATCH_PERIOD);

@@ -65,6 +65,16 @@ static const uint64_t recovery[] = {
 	UBLK_F_USER_RECOVERY | UBLK_F_SHARDS,
 };
 
+static struct ublk_params zoned_params(void)
+{
+	struct ublk_params params = plain_params(BYTES);
+
+	params.types |= UBLK_PARAM_TYPE_ZONED;
+	params.basic.chunk_sectors = 2048;
+	params.zoned.max_zone_append_sectors = 128;
+	return params;
+}
+
 static void controller(void)
 {
 	struct control c;
@@ -78,13 +88,13 @@ static void controller(void)
 			.max_io_buf_bytes = one_in(10) ? rnd(1 << 30) : MAX_IO,
 			.flags = recovery[rnd(6)],
 		};
-		struct ublk_params params = plain_params(BYTES);
+		struct ublk_params params = one_in(6) ? zoned_params() : plain_params(BYTES);
 		struct ublksrv_ctrl_cmd cmd = { .queue_id = 0xffff };
 		uint32_t op = _IOWR('u', rnd(32), struct ublksrv_ctrl_cmd);
 
 		cmd.dev_id = info.dev_id = any_id();
 		if (one_in(4))
-			info.flags |= UBLK_F_USER_COPY;
+			info.flags |= UBLK_F_USER_COPY | (one_in(4) ? UBLK_F_ZONED : 0);
 		else if (one_in(4))
 			info.flags |= UBLK_F_NEED_GET_DATA;
 		if (one_in(3))
@@ -293,8 +303,8 @@ static void (*const kinds[])(void) = { controller, controller, server, server, s
 /* A first device that works, so that there is something to break. */
 static void set_table(struct control *c)
 {
-	struct ublk_params params = plain_params(BYTES);
 	struct ublksrv_ctrl_dev_info info;
+	struct ublk_params params;
 	int i;
 
 	for (i = 0; i < DEVICES; i++) {
@@ -306,6 +316,9 @@ static void set_table(struct control *c)
 			.dev_id = ids[i],
 			.flags = recovery[rnd(6)] | (one_in(3) ? UBLK_F_USER_COPY : 0),
 		};
+		if (one_in(4))
+			info.flags |= UBLK_F_USER_COPY | UBLK_F_ZONED;
+		params = info.flags & UBLK_F_ZONED ? zoned_params() : plain_params(BYTES);
 		control(c, UBLK_U_CMD_ADD_DEV, ids[i], &info, sizeof(info), 0);
 		set_params(c, ids[i], &params);
 	}
