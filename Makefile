@@ -55,7 +55,7 @@ driver: ## build our own kernel module for the kernels of scripts/vm
 	@scripts/setup driver
 	@scripts/driver $(KERNEL)
 
-test-driver: ## our driver on 6.1 and 6.12, or KERNEL=6.12: conformance, zones, shards, a short fuzz
+test-driver: ## our driver on 6.1 and 6.12, or KERNEL=6.12: conformance, zones, memory, shards, fuzz
 	@scripts/setup driver
 	@scripts/setup
 	@scripts/driver $(KERNEL) --test -- $(TEST)

@@ -207,6 +207,8 @@ static int ublk_node_mask(unsigned int nr)
 	case _IOC_NR(UBLK_U_CMD_UPDATE_SIZE):
 	case _IOC_NR(UBLK_U_CMD_QUIESCE_DEV):
 	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
+	case _IOC_NR(UBLK_U_CMD_REG_BUF):
+	case _IOC_NR(UBLK_U_CMD_UNREG_BUF):
 		return MAY_READ | MAY_WRITE;
 	default:
 		return 0;
@@ -275,6 +277,10 @@ static int ublk_control_run(struct ublk_device **ub, const struct ublksrv_ctrl_c
 		return ublk_quiesce(*ub, cmd->data[0]);
 	case _IOC_NR(UBLK_U_CMD_TRY_STOP_DEV):
 		return ublk_try_stop(*ub);
+	case _IOC_NR(UBLK_U_CMD_REG_BUF):
+		return ublk_shmem_register(*ub, cmd->addr, cmd->len);
+	case _IOC_NR(UBLK_U_CMD_UNREG_BUF):
+		return ublk_shmem_unregister(*ub, cmd->data[0]);
 	case _IOC_NR(UBLK_U_CMD_GET_QUEUE_STATES):
 		return ublk_get_queue_states(*ub, cmd->addr, cmd->len);
 	default:

@@ -47,6 +47,7 @@ static void ublk_free(struct work_struct *work)
 	if (ub->tag_set_made)
 		blk_mq_free_tag_set(&ub->tag_set);
 	ublk_free_queues(ub);
+	ublk_shmem_free(ub);
 	if (ub->id_used) {
 		spin_lock(&ublk_devices_lock);
 		idr_remove(&ublk_devices, ub->id);
@@ -122,6 +123,8 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 	/* Users of a device must not have to wait for a server that its owner never starts. */
 	if (info->flags & UBLK_F_UNPRIVILEGED_DEV) {
 		info->flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_SHARDS);
+		/* nor be able to pin any amount of memory */
+		info->flags &= ~UBLK_F_SHMEM_ZC;
 		if (info->flags & UBLK_F_USER_COPY)
 			return -EINVAL;
 	}
@@ -182,6 +185,8 @@ int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer)
 	ub->info = *info;
 	ub->io_timeout = READ_ONCE(ublk_default_timeout);
 	mutex_init(&ub->mutex);
+	mutex_init(&ub->shmem_mutex);
+	xa_init_flags(&ub->buffers, XA_FLAGS_ALLOC);
 	spin_lock_init(&ub->lock);
 	init_waitqueue_head(&ub->wait);
 	INIT_WORK(&ub->stop_work, ublk_stop_on_death);

@@ -45,6 +45,7 @@
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
+#include <linux/xarray.h>
 
 #include "compat.h"
 #include <linux/ioctl.h>
@@ -70,6 +71,7 @@
 		       UBLK_F_UPDATE_SIZE | UBLK_F_QUIESCE |			\
 		       UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
 		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS |		\
+		       UBLK_F_SHMEM_ZC |					\
 		       UBLK_FEATURES_ZONED)
 
 /* Not asked for but told: ways in which this driver behaves with any server. */
@@ -99,6 +101,8 @@ struct ublk_io {
 };
 
 struct ublk_device;
+struct ublk_buffer;
+struct ublk_shmem_table;
 
 struct ublk_queue {
 	struct ublk_device *ub;
@@ -162,6 +166,10 @@ struct ublk_device {
 	bool checking_zones;		/* START_DEV has the server report them */
 	unsigned int io_timeout;	/* seconds, then the server is killed; 0: never */
 
+	struct mutex shmem_mutex;	/* registers and unregisters buffers; no other lock inside */
+	struct xarray buffers;
+	struct ublk_shmem_table __rcu *shmem;
+
 	struct work_struct stop_work;
 	struct work_struct scan_work;
 	struct work_struct free_work;
@@ -173,6 +181,7 @@ struct ublk_request {
 	refcount_t ref;
 	int res;
 	enum ublk_end { UBLK_END_COMMIT, UBLK_END_ABORT } end;
+	struct ublk_buffer *buffer;	/* UBLK_F_SHMEM_ZC: that its data is in, or NULL */
 	/* REPORT_ZONES: about which */
 	unsigned int zones;
 	sector_t zone_sector;
@@ -202,6 +211,14 @@ static inline bool ublk_req_fills(const struct request *req)
 static inline bool ublk_req_drains(const struct request *req)
 {
 	return req_op(req) == REQ_OP_WRITE || req_op(req) == REQ_OP_ZONE_APPEND;
+}
+
+/* Of a request that the server has: its data is in a registered buffer, where it needs no copy. */
+static inline bool ublk_req_is_shared(const struct ublk_device *ub, struct request *req)
+{
+	struct ublk_request *data = blk_mq_rq_to_pdu(req);
+
+	return ublk_has(ub, UBLK_F_SHMEM_ZC) && data->buffer;
 }
 
 static inline size_t ublk_descs_size(unsigned int depth)
@@ -272,6 +289,13 @@ int ublk_start_recovery(struct ublk_device *ub);
 int ublk_end_recovery(struct ublk_device *ub, int pid);
 int ublk_quiesce(struct ublk_device *ub, u64 timeout_ms);
 int ublk_get_queue_states(struct ublk_device *ub, u64 addr, unsigned int len);
+
+/* shmem.c */
+int ublk_shmem_register(struct ublk_device *ub, u64 addr, unsigned int len);
+int ublk_shmem_unregister(struct ublk_device *ub, u64 index);
+void ublk_shmem_free(struct ublk_device *ub);
+bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr);
+void ublk_shmem_put(struct ublk_device *ub, struct request *req);
 
 /* zoned.c */
 #ifdef UBLK_HAVE_ZONED

@@ -85,7 +85,10 @@ UBLK_TASK_CALLBACK(ublk_deliver)
 		return;
 	}
 	q->descs[data->tag].addr = io->addr;
-	if (!ublk_has(q->ub, UBLK_F_USER_COPY) && req_op(req) == REQ_OP_WRITE) {
+	if (unlikely(ublk_has(q->ub, UBLK_F_SHMEM_ZC)) &&
+	    ublk_shmem_match(q->ub, req, &q->descs[data->tag].addr)) {
+		q->descs[data->tag].op_flags |= UBLK_IO_F_SHMEM_ZC;
+	} else if (!ublk_has(q->ub, UBLK_F_USER_COPY) && req_op(req) == REQ_OP_WRITE) {
 		if (ublk_has(q->ub, UBLK_F_NEED_GET_DATA)) {
 			state = UBLK_IO_WANTS_DATA;
 			res = UBLK_IO_RES_NEED_GET_DATA;
@@ -207,6 +210,14 @@ unlock:
 	return err;
 }
 
+/* What comes in the address of an answer: the tag's next buffer, or where an append's data went. */
+static bool ublk_commit_addr_ok(struct ublk_device *ub, struct request *req, u64 addr)
+{
+	if (ublk_has(ub, UBLK_F_USER_COPY))
+		return !addr || req_op(req) == REQ_OP_ZONE_APPEND;
+	return addr || (ublk_has(ub, UBLK_F_NEED_GET_DATA) && req_op(req) != REQ_OP_READ);
+}
+
 /* The server answers: take the request from it, and the tag back for the next. */
 static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr, int res,
 		       unsigned int issue_flags)
@@ -214,16 +225,16 @@ static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_c
 	struct ublk_device *ub = q->ub;
 	struct ublk_io *io = &q->ios[tag];
 	struct request *req = io->req;	/* BUSY: nobody else touches it */
-	bool user_copy = ublk_has(ub, UBLK_F_USER_COPY);
 	int err = -EIOCBQUEUED;
 
-	if (user_copy ? addr && req_op(req) != REQ_OP_ZONE_APPEND : !addr && (!ublk_has(ub, UBLK_F_NEED_GET_DATA) || req_op(req) == REQ_OP_READ)) {
+	if (unlikely(!ublk_commit_addr_ok(ub, req, addr))) {
 		spin_lock(&io->lock);
 		io->state = UBLK_IO_SERVED;
 		spin_unlock(&io->lock);
 		return -EINVAL;
 	}
-	if (!user_copy && res > 0 && req_op(req) == REQ_OP_READ) {
+	if (res > 0 && req_op(req) == REQ_OP_READ && !ublk_has(ub, UBLK_F_USER_COPY) &&
+	    !ublk_req_is_shared(ub, req)) {
 		size_t bytes = min_t(size_t, res, blk_rq_bytes(req));
 
 		res = ublk_copy_from_server(req, addr, bytes);

@@ -238,6 +238,8 @@ static void ublk_end(struct ublk_queue *q, struct request *req)
 {
 	struct ublk_request *data = blk_mq_rq_to_pdu(req);
 
+	if (unlikely(ublk_has(q->ub, UBLK_F_SHMEM_ZC)))
+		ublk_shmem_put(q->ub, req);
 	if (likely(data->end == UBLK_END_COMMIT))
 		ublk_end_committed(req, data->res);
 	else

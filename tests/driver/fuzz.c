@@ -40,10 +40,11 @@ static uint32_t any_id(void)
 	return one_in(20) ? rnd(200) : ids[rnd(DEVICES)];
 }
 
+#define MEMORY (1 << 20)
+static char *memory; /* of all processes: what one registers is what another one's I/O comes from */
+
 static void *any_memory(void)
 {
-	static char memory[1 << 20];
-
 	switch (rnd(12)) {
 	case 0:
 		return NULL;
@@ -52,7 +53,7 @@ static void *any_memory(void)
 	case 2:
 		return (void *)0xffff888000000000;
 	default:
-		return memory + rnd(4096);
+		return memory + rnd(MEMORY / 2);
 	}
 }
 
@@ -90,6 +91,7 @@ static void controller(void)
 		};
 		struct ublk_params params = one_in(6) ? zoned_params() : plain_params(BYTES);
 		struct ublksrv_ctrl_cmd cmd = { .queue_id = 0xffff };
+		struct ublk_shmem_buf_reg buffer;
 		uint32_t op = _IOWR('u', rnd(32), struct ublksrv_ctrl_cmd);
 
 		cmd.dev_id = info.dev_id = any_id();
@@ -99,7 +101,9 @@ static void controller(void)
 			info.flags |= UBLK_F_NEED_GET_DATA;
 		if (one_in(3))
 			info.flags |= UBLK_F_QUIESCE & -!!info.flags;
-		switch (rnd(14)) {
+		if (one_in(3))
+			info.flags |= UBLK_F_SHMEM_ZC;
+		switch (rnd(15)) {
 		case 0:
 		case 1:
 			op = UBLK_U_CMD_ADD_DEV;
@@ -131,11 +135,23 @@ static void controller(void)
 				continue;
 			op = one_in(2) ? UBLK_U_CMD_DEL_DEV_ASYNC : UBLK_U_CMD_DEL_DEV;
 			break;
+		case 10:
+			/* memory that others register, too, and that nobody has */
+			op = one_in(3) ? UBLK_U_CMD_UNREG_BUF : UBLK_U_CMD_REG_BUF;
+			buffer = (struct ublk_shmem_buf_reg){
+				.addr = (uintptr_t)any_memory() & -4096ul,
+				.len = one_in(20) ? (uint64_t)rnd(1 << 20) << 13 : (1 + rnd(16)) * 4096,
+				.flags = rnd(8) ? rnd(2) : rnd(16),
+			};
+			cmd.addr = (uintptr_t)(one_in(20) ? any_memory() : &buffer);
+			cmd.len = sizeof(buffer);
+			cmd.data[0] = rnd(4);
+			break;
 		case 9:
 			op = one_in(2) ? UBLK_U_CMD_QUIESCE_DEV : UBLK_U_CMD_UPDATE_SIZE;
 			cmd.data[0] = rnd(300);
 			break;
-		case 10:
+		case 11:
 			if (!one_in(4))
 				continue;
 			op = one_in(2) ? UBLK_U_CMD_TRY_STOP_DEV : UBLK_U_CMD_STOP_DEV;
@@ -274,7 +290,8 @@ static void server(void)
 
 static void user(void)
 {
-	static char buf[128 << 10] __attribute__((aligned(4096)));
+	static char own[128 << 10] __attribute__((aligned(4096)));
+	char *buf = one_in(2) ? own : memory;
 	char path[32];
 	int fd, i, n = 10 + rnd(200);
 
@@ -286,7 +303,7 @@ static void user(void)
 	}
 	alarm(10);
 	for (i = 0; i < n; i++) {
-		size_t len = (1 + rnd(sizeof(buf) / 4096)) * 4096;
+		size_t len = (1 + rnd(sizeof(own) / 4096)) * 4096;
 		off_t at = (off_t)rnd(BYTES / 4096) * 4096;
 
 		if (one_in(2) ? pread(fd, buf, len, at) < 0 : pwrite(fd, buf, len, at) < 0)
@@ -314,7 +331,8 @@ static void set_table(struct control *c)
 			.queue_depth = DEPTH,
 			.max_io_buf_bytes = MAX_IO,
 			.dev_id = ids[i],
-			.flags = recovery[rnd(6)] | (one_in(3) ? UBLK_F_USER_COPY : 0),
+			.flags = recovery[rnd(6)] | (one_in(3) ? UBLK_F_USER_COPY : 0) |
+				 (one_in(2) ? UBLK_F_SHMEM_ZC : 0),
 		};
 		if (one_in(4))
 			info.flags |= UBLK_F_USER_COPY | UBLK_F_ZONED;
@@ -348,6 +366,9 @@ int main(int argc, char **argv)
 	seed = argc > 2 ? atoi(argv[2]) : time(NULL);
 	printf("seed %u\n", seed);
 	fflush(stdout);
+	memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		die("memory");
 	control_open(&c);
 	set_table(&c);
 	while (now_us() < until) {
