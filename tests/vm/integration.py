@@ -28,7 +28,7 @@ _MACHINE = (
     "--disk=2G,discard",
     "--disk=1G,sector=4096,discard",
     "--env=UBLKD_REQUIRE_KERNEL=1",
-    "--timeout=1800",
+    "--timeout=5400",
 )
 _PYTEST = [".venv/bin/python", "-B", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v"]
 
