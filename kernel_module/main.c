@@ -96,8 +96,9 @@ static int ublk_check_alone(void)
 	if (!other)
 		return 0;
 	put_device(other);
+	/* not EEXIST, which to modprobe means that this module is loaded */
 	pr_err("the kernel's own driver, ublk_drv, is loaded: stop its devices, `modprobe -r ublk_drv`, then load this one\n");
-	return -EEXIST;
+	return -EBUSY;
 }
 
 static int __init ublk_load(void)

@@ -542,6 +542,7 @@ int main(void)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	control_open(&c);
 	control(&c, UBLK_U_CMD_GET_FEATURES, ~0u, &features, sizeof(features), 0);
+	say("features", features);
 	add_cases();
 	control_cases();
 	param_cases();

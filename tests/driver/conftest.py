@@ -106,7 +106,7 @@ def compare() -> Compare:
         subprocess.run(["modprobe", "ublk_drv"], check=True)
         try:
             refused = subprocess.run(["insmod", MODULE], capture_output=True, text=True)
-            assert refused.returncode and "File exists" in refused.stderr
+            assert refused.returncode and "Device or resource busy" in refused.stderr
             theirs = results(program, *arguments)
         finally:
             subprocess.run(["rmmod", "ublk_drv"], check=True)
