@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--list", action="store_true", help="list the kernels and whether they are cached")
     parse.add_argument("--json", action="store_true", help="with --list: print JSON")
     parse.add_argument("--fetch", action="store_true", help="fetch the kernel if need be; run nothing")
-    parse.add_argument("--cpus", type=_positive, default=2, metavar="N", help="virtual CPUs (default %(default)s)")
+    parse.add_argument("--cpus", type=_positive, metavar="N", help="virtual CPUs (default 2; 1 with --icount)")
     parse.add_argument("--memory", type=_size, default=3 << 30, metavar="SIZE", help="memory (default 3G)")
     parse.add_argument(
         "--disk",
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--no-ublk", action="store_true", help="don't load ublk_drv")
     parse.add_argument("--require-ublk", action="store_true", help="fail without /dev/ublk-control")
-    parse.add_argument("--icount", action="store_true", help="instruction clock, for measuring: 1 CPU, slow")
+    parse.add_argument("--icount", action="store_true", help="instruction clock, for measuring: slow")
     parse.add_argument("--append", default="", metavar="ARGS", help="add to the kernel command line")
     parse.add_argument("--log", type=Path, metavar="FILE", help="keep console in FILE, dmesg in FILE.dmesg")
     parse.add_argument("--kvm", choices=("auto", "on", "off"), default="auto", help="use /dev/kvm (auto: if it works)")
@@ -192,7 +192,7 @@ def _job(options: argparse.Namespace, command: list[str]) -> Job:
 
 def _machine(options: argparse.Namespace, command: list[str]) -> qemu.Machine:
     return qemu.Machine(
-        cpus=options.cpus,
+        cpus=options.cpus or (1 if options.icount else 2),
         memory=options.memory,
         icount=options.icount,
         append=options.append,

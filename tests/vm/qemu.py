@@ -67,7 +67,7 @@ def command_line(
 
 def _processor(machine: Machine) -> list[str]:
     if machine.icount:
-        # guest time is the instruction count: 4 ns each
+        # guest time is the instruction count: 4 ns each, on whichever CPU: they take turns, never run at once
         return [
             "-accel",
             "tcg,thread=single,tb-size=512",
@@ -76,7 +76,7 @@ def _processor(machine: Machine) -> list[str]:
             "-cpu",
             "max,-erms",
             "-smp",
-            "1",
+            str(machine.cpus),
         ]
     if machine.kvm:
         return ["-accel", "kvm", "-cpu", "host", "-smp", str(machine.cpus)]

@@ -94,10 +94,15 @@ def test_disk_options_reach_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "serial=ublkd-1,discard=on,write-zeroes=on,logical_block_size=4096" in line
 
 
-def test_instruction_clock_takes_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_of_an_instruction_clock_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     line = command_line(qemu.Machine(cpus=4, icount=True, kvm=True), monkeypatch)
     assert "-icount shift=2,sleep=off" in line
-    assert "-smp 1" in line and "kvm" not in line
+    assert "thread=single" in line and "-smp 4" in line and "kvm" not in line
+
+
+def test_instruction_clock_has_one_cpu_unless_asked(tmp_path: Path) -> None:
+    for words, cpus in ((["--icount"], 1), (["--icount", "--cpus", "4"], 4), ([], 2)):
+        assert cli._machine(cli.parser().parse_args(words), ["true"]).cpus == cpus
 
 
 def test_host_root_is_never_writable(monkeypatch: pytest.MonkeyPatch) -> None:
