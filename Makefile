@@ -70,13 +70,13 @@ vm: ## a shell in KERNEL=6.12, or CMD="a command"
 	@scripts/setup vm
 	@scripts/vm $(KERNEL) $(if $(CMD),-- sh -c "$$CMD")
 
-bench: ## measure: see docs
+bench: ## measure beside others: half an hour and more (docs/benchmarks)
 	@scripts/setup build vm bench
 	@scripts/bench
 
 lint: ## ruff and mypy
 	@scripts/setup lint
-	.venv/bin/ruff check daemon tests scripts/vm scripts/tune scripts/tunelib
+	.venv/bin/ruff check daemon tests scripts/vm scripts/tune scripts/tunelib scripts/bench scripts/benchlib
 	.venv/bin/mypy
 
 clean: ## remove what was built, not the cached kernels

@@ -13,23 +13,32 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import plot, report
-from .measure import fresh_memory, measure
+from . import fio, kublk, many, plot, report, scaling
+from .measure import facts, fresh_memory, measure, need_root
 from .subjects import SUBJECTS, TOP
-from .system import MIB, BenchError, say
+from .system import MIB, BenchError, Clock, Progress, clock_kept, say
 
 _RESULT = "result.json"
-_SPEED_VM = ["--icount", "--memory", "3G", "--timeout", "7200", "--require-ublk"]
-# The driver gives a device no more queues than there are CPUs, and the instruction clock has one.
-_MEMORY_VM = ["--cpus", "4", "--memory", "1G", "--require-ublk"]
+_CLOCK = ["--icount", "--timeout", "14400", "--require-ublk"]
+_VMS = {
+    "speed": [*_CLOCK, "--memory", "4G"],
+    "queues": [*_CLOCK, "--memory", "4G", "--cpus", str(max(scaling.COUNTS))],
+    "devices": [*_CLOCK, "--memory", "6G"],
+}
+PARTS = {
+    "speed": "all disks in turns",
+    "queues": "1, 2 and 4 queues on as many CPUs, and the memory of so many workers",
+    "devices": "start and memory of 1 to 200 devices",
+}
 
 _DESCRIPTION = """\
 Measure ublkd's targets beside the kernel's own disks and other servers, in one boot of a VM whose clock
-counts instructions (so the machine's noise doesn't matter), and write a table of ratios, raw numbers and a
-plot."""
+counts instructions (so the machine's noise doesn't matter), and what more queues and more devices cost; write
+tables of ratios and figures, raw numbers and plots."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,29 +48,39 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    subjects = "\n".join(f"  {name:15}{kind.title}" for name, kind in SUBJECTS.items())
-    parse = _Parser(
-        prog="bench",
-        description=_DESCRIPTION,
-        epilog=f"what can be measured:\n{subjects}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parse = _Parser(prog="bench", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--list", action="store_true", help="list parts, disks and cells; measure nothing")
+    parse.add_argument("--fetch", action="store_true", help="fetch and build what is measured, and no more")
     parse.add_argument("--quick", action="store_true", help="one short round; files go to build/bench")
     parse.add_argument(
+        "--parts",
+        type=_names("part", PARTS),
+        default=list(PARTS),
+        metavar="NAME,...",
+        help=f"measure these (default {','.join(PARTS)})",
+    )
+    parse.add_argument(
         "--targets",
-        type=_targets,
+        type=_names("target", SUBJECTS),
         default=[],
         metavar="NAME,...",
         help="measure these, and what they are compared with (default: all that are to be had)",
     )
-    parse.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default 3; 1 with --quick)")
-    parse.add_argument("--milliseconds", type=_positive, metavar="N", help="per cell (default 400 or 100)")
-    parse.add_argument("--span", type=_positive, default=128, metavar="MIB", help="disk size (%(default)s)")
-    parse.add_argument("--out", type=Path, metavar="NAME", help="write NAME.md, NAME.json and NAME.png")
+    parse.add_argument(
+        "--cells",
+        type=_names("cell", [cell.key for cell in fio.CELLS]),
+        default=[cell.key for cell in fio.CELLS],
+        metavar="NAME,...",
+        help="with these workloads (default: all)",
+    )
+    parse.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default 5; 1 with --quick)")
+    parse.add_argument("--milliseconds", type=_positive, default=100, metavar="N", help="per cell (%(default)s)")
+    parse.add_argument("--span", type=_positive, default=64, metavar="MIB", help="disk size (%(default)s)")
+    parse.add_argument("--out", type=Path, metavar="NAME", help="write NAME.md, NAME.json and NAME*.png")
     where = parse.add_mutually_exclusive_group()
     where.add_argument("--kernel", default="newest", help="of the VM: see scripts/vm (default %(default)s)")
     where.add_argument("--native", action="store_true", help="measure the running kernel, with its own clock")
-    where.add_argument("--inside", choices=("speed", "memory"), help=argparse.SUPPRESS)
+    where.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parse
 
 
@@ -69,19 +88,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    options.repeats = options.repeats or (1 if options.quick else 3)
-    options.milliseconds = options.milliseconds or (100 if options.quick else 400)
+    options.repeats = options.repeats or (1 if options.quick else 5)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        if options.list:
+            return _list()
         if options.inside:
             return _inside(options)
         if options.out:
             _check_out(options.out)
-        plot.check()
-        result = _measure(options) if options.native else _measure_in_vms(options)
+        if not options.fetch:
+            plot.check()
+        if options.fetch or any("kublk" in name for name in options.targets or ["kublk"]):
+            kublk.prepare(None if options.native else options.kernel)
+        if options.fetch:
+            return 0
+        if options.native:
+            Progress.clock = Clock()
+            result = _measure(options, options.parts, instructions=False)
+        else:
+            result = _measure_in_vms(options)
         result |= _circumstances(options, arguments)
-        _publish(result, options.out or _default_out(options, result["kernel"]))
+        out = options.out or _default_out(options, result["kernel"])
+        _publish(report.join(result, _earlier(out)), out)
         return 0
     except BenchError as error:
         say(str(error))
@@ -90,12 +120,25 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _targets(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in SUBJECTS:
-            raise argparse.ArgumentTypeError(f"there is no {name!r}; there are {', '.join(SUBJECTS)}")
-    return names
+def _list() -> int:
+    cells = {cell.key: cell.title for cell in fio.CELLS}
+    disks = {name: kind.title for name, kind in SUBJECTS.items()}
+    for what, names in (("parts", PARTS), ("targets", disks), ("cells", cells)):
+        print(f"{what}:", *(f"  {name:22}{title}" for name, title in names.items()), sep="\n")
+    return 0
+
+
+def _names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """A list with commas between, of names that there are."""
+    there = list(known)
+
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in there:
+                raise argparse.ArgumentTypeError(f"there is no {what} {name!r}; there are {', '.join(there)}")
+        return text.split(",")
+
+    return parse
 
 
 def _positive(text: str) -> int:
@@ -117,44 +160,60 @@ def _default_out(options: argparse.Namespace, kernel: str) -> Path:
     return directory / f"{'native' if options.native else 'vm'}-{re.split('[+-]', kernel)[0]}"
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    memory = fresh_memory(options.span * MIB)
-    result = _speed(options, instructions=False)
-    result["memory"] = memory + result["memory"]
-    return result
-
-
-def _speed(options: argparse.Namespace, instructions: bool) -> dict[str, Any]:
-    return measure(options.targets, options.repeats, options.milliseconds, options.span * MIB, instructions)
+def _measure(options: argparse.Namespace, parts: Sequence[str], instructions: bool) -> dict[str, Any]:
+    """Those parts, here."""
+    span, milliseconds, repeats = options.span * MIB, options.milliseconds, options.repeats
+    need_root()
+    with clock_kept(instructions):
+        result = facts()
+    memory = []
+    # first while nothing else of ublkd runs
+    if "devices" in parts:
+        result["devices"] = many.measure(many.COUNTS[:2] if options.quick else many.COUNTS, instructions)
+    if "queues" in parts:
+        with clock_kept(instructions):
+            memory = fresh_memory(span)
+        result["queues"] = scaling.measure(options.targets, repeats, milliseconds, span, instructions)
+    if "speed" in parts:
+        cells = tuple(cell for cell in fio.CELLS if cell.key in options.cells)
+        result |= measure(options.targets, cells, repeats, milliseconds, span, instructions)
+        memory += result["memory"]
+    return result | {"memory": memory}
 
 
 def _inside(options: argparse.Namespace) -> int:
-    """One of the two halves, in the VM that is for it."""
-    part: Any
-    if options.inside == "speed":
-        part = _speed(options, instructions=True)
-    else:
-        part = fresh_memory(options.span * MIB)
-    Path(os.environ["UBLKD_VM_SHARE"], _RESULT).write_text(json.dumps(part))
+    """Some parts, in the VM that is for them."""
+    result = _measure(options, options.parts, instructions=True)
+    Path(os.environ["UBLKD_VM_SHARE"], _RESULT).write_text(json.dumps(result))
     return 0
 
 
 def _measure_in_vms(options: argparse.Namespace) -> dict[str, Any]:
-    memory: list[dict[str, Any]] = _in_vm(options, "memory", _MEMORY_VM)
-    result: dict[str, Any] = _in_vm(options, "speed", _SPEED_VM)
-    result["memory"] = memory + result["memory"]
-    return result
+    result: dict[str, Any] = {}
+    memory = []
+    for part, machine in _VMS.items():
+        if part in options.parts:
+            found = _in_vm(options, part, machine)
+            memory += found["memory"]
+            result |= found
+    return result | {"memory": memory}
 
 
 def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
     with tempfile.TemporaryDirectory(prefix="ublkd-bench-") as share:
-        inside = [str(TOP / "scripts" / "bench"), "--inside", part, "--span", str(options.span)]
+        inside = [str(TOP / "scripts" / "bench"), "--inside", "--parts", part]
+        inside += ["--cells", ",".join(options.cells), "--span", str(options.span)]
         inside += ["--repeats", str(options.repeats), "--milliseconds", str(options.milliseconds)]
-        if options.targets:
-            inside += ["--targets", ",".join(options.targets)]
-        command = [str(TOP / "scripts" / "vm"), options.kernel, *machine, "--share", share, "--", *inside]
-        vm = subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL)
+        inside += ["--targets", ",".join(options.targets)] if options.targets else []
+        inside += ["--quick"] if options.quick else []
+        machine = [*machine, "--env", "XDG_CACHE_HOME", "--share", share]
+        command = [str(TOP / "scripts" / "vm"), options.kernel, *machine, "--", *inside]
+        vm = subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
+            assert vm.stderr
+            clock = Clock()
+            for line in vm.stderr:
+                print(clock.stamp(line.rstrip("\n")), file=sys.stderr, flush=True)
             status = vm.wait()
         finally:
             # where we are told to end, it is to end by its own handler, so that no machine is left
@@ -165,13 +224,25 @@ def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
         return json.loads(Path(share, _RESULT).read_text())
 
 
-def _circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[str, str]:
-    return {
+def _circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    run = {
         "command": shlex.join(["scripts/bench", *arguments]),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "clock": "wall" if options.native else "instructions",
+        "milliseconds": options.milliseconds,
+        "repeats": options.repeats,
+        "span": options.span * MIB,
     }
+    return {"clock": "wall" if options.native else "instructions", "runs": dict.fromkeys(options.parts, run)}
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """What is there already, for the parts that this run leaves as they are."""
+    try:
+        earlier: dict[str, Any] = json.loads(out.with_name(out.name + ".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return earlier
 
 
 def _commit() -> str:
@@ -187,13 +258,16 @@ def _commit() -> str:
 
 def _publish(result: dict[str, Any], out: Path) -> None:
     """Tables to stdout, files to out with their suffixes."""
-    for table in (report.ratio_table, report.figures_table, report.memory_table):
-        print(table(result), end="\n\n", flush=True)
 
     def path(suffix: str) -> Path:
         return out.with_name(out.name + suffix)
 
-    path(".json").write_text(json.dumps(result, indent=1) + "\n")
-    path(".md").write_text(report.markdown(result, out.name))
-    plot.plot(result, path(".png"))
-    say(f"wrote {os.path.relpath(path('.md'))}, .json and .png")
+    # tables are of what the file holds, whose keys are text
+    text = json.dumps(result, indent=1)
+    result = json.loads(text)
+    path(".json").write_text(text + "\n")
+    pictures = plot.plot(result, out)
+    for table in report.tables(result).values():
+        print(table, end="\n\n", flush=True)
+    path(".md").write_text(report.markdown(result, out.name, [picture.name for picture in pictures]))
+    say(f"wrote {os.path.relpath(path('.md'))}, .json and {len(pictures)} pictures")

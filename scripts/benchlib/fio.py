@@ -25,20 +25,42 @@ class Cell(NamedTuple):
     depth: int
     extra: tuple[str, ...] = ()  # more lines for fio's job
 
+    @property
+    def writes(self) -> bool:
+        """Whether the disk's contents change."""
+        return self.rw not in ("read", "randread")
+
 
 CELLS = (
     Cell("read-4k-1", "4k read, depth 1", "randread", "4k", 1),
     Cell("read-4k-32", "4k read, depth 32", "randread", "4k", 32),
-    Cell("write-4k-32", "4k write, depth 32", "randwrite", "4k", 32),
+    Cell("read-4k-128", "4k read, depth 128", "randread", "4k", 128),
     Cell("read-128k-8", "128k read, depth 8", "read", "128k", 8),
+    Cell("read-1m-4", "1M read, depth 4", "read", "1m", 4),
+    Cell("write-4k-1", "4k write, depth 1", "randwrite", "4k", 1),
+    Cell("write-4k-32", "4k write, depth 32", "randwrite", "4k", 32),
+    Cell("write-4k-128", "4k write, depth 128", "randwrite", "4k", 128),
     Cell("write-128k-8", "128k write, depth 8", "write", "128k", 8),
+    Cell("write-1m-4", "1M write, depth 4", "write", "1m", 4),
+    Cell("mixed-4k-32", "4k mixed, depth 32", "randrw", "4k", 32, ("rwmixread=70", "unified_rw_reporting=1")),
 )
+_KEYS = ("read-4k-1", "read-4k-32", "write-4k-32", "read-128k-8", "write-128k-8")
+FEW = tuple(cell for key in _KEYS for cell in CELLS if cell.key == key)
 
 
 def job_file(
-    device: str, span: int, milliseconds: int, pids: list[int], cells: tuple[Cell, ...] = CELLS
+    device: str,
+    span: int,
+    milliseconds: int,
+    pids: list[int],
+    cells: tuple[Cell, ...] = CELLS,
+    cpus: list[int] | None = None,
+    warm_up: bool = True,
 ) -> str:
-    """fio's instructions. Servers' CPU time around each job goes to KEY.prerun.txt and KEY.postrun.txt."""
+    """fio's instructions. Servers' CPU time around each job goes to KEY.prerun.txt and KEY.postrun.txt.
+
+    cpus: a job on each of them.
+    """
     lines = [
         "[global]",
         f"filename={device}",
@@ -51,8 +73,11 @@ def job_file(
         "randrepeat=1",
         "stonewall",
     ]
+    if cpus:
+        lines += [f"numjobs={len(cpus)}", f"cpus_allowed={','.join(map(str, cpus))}"]
+        lines += ["cpus_allowed_policy=split", "group_reporting=1"]
     # the programs' own pages have to come in before anything is counted
-    for cell in (cells[0], cells[-1]):
+    for cell in (cells[0], cells[-1]) if warm_up else ():
         lines += _job(cell._replace(key=WARM_UP), max(milliseconds // 8, 20))
     for cell in cells:
         lines += _job(cell, milliseconds)
@@ -80,12 +105,13 @@ def measure(
     pids: list[int],
     directory: Path,
     cells: tuple[Cell, ...] = CELLS,
+    cpus: list[int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """One sample per cell, by its key. directory is for fio's files."""
     jobs, output = directory / "cells.fio", directory / "fio.json"
-    jobs.write_text(job_file(device, span, milliseconds, pids, cells))
+    jobs.write_text(job_file(device, span, milliseconds, pids, cells, cpus))
     options = ["--output-format=json", f"--output={output}"]
-    if all("write" not in cell.rw for cell in cells):
+    if not any(cell.writes for cell in cells):
         options.append("--readonly")
     # fio writes the output of its commands to the current directory
     run("env", "-C", directory, "fio", *options, jobs, timeout=FIO_S)
@@ -111,7 +137,8 @@ def parse(text: str) -> dict[str, dict[str, Any]]:
             raise BenchError(f"fio: job {job['jobname']} failed with error {job['error']}")
         if job["jobname"] == WARM_UP:
             continue
-        side = max((job["read"], job["write"]), key=lambda side: side["total_ios"])
+        sides = [job[side] for side in ("read", "write", "mixed") if side in job]
+        side = max(sides, key=lambda side: side["total_ios"])
         if not side["total_ios"]:
             raise BenchError(f"fio: job {job['jobname']} did no I/O: give it more time with --milliseconds")
         latency = side["clat_ns"].get("percentile", {})

@@ -9,16 +9,17 @@ from contextlib import suppress
 from typing import Any
 
 from . import fio, processes
-from .subjects import SUBJECTS, Subject, Ublkd, add_device, ublkd
-from .system import BenchError, Lab, clock_kept, drop_caches, run, say, without_scheduler
+from .subjects import SUBJECTS, Subject, Ublkd, add_device, expand, ublkd
+from .system import BenchError, Lab, Progress, clock_kept, drop_caches, run, say, without_scheduler
 
-FORMAT = 1
+FORMAT = 2
 WORKERS = (1, 4)
 
 
 def choose(names: list[str]) -> tuple[dict[str, Subject], dict[str, str]]:
     """The subjects to measure (the named ones and what they are compared with), and why not others."""
-    wanted = {other for name in names for other in (name, *SUBJECTS[name].against)} or set(SUBJECTS)
+    wanted = {other for name in names for word in (name, *SUBJECTS[name].against) for other in expand(word)}
+    wanted = wanted or set(SUBJECTS)
     chosen, skipped = {}, {}
     for name, kind in SUBJECTS.items():
         if name not in wanted:
@@ -36,36 +37,41 @@ def choose(names: list[str]) -> tuple[dict[str, Subject], dict[str, str]]:
 
 
 def measure(
-    names: list[str], repeats: int, milliseconds: int, span: int, instructions: bool
+    names: list[str],
+    cells: tuple[fio.Cell, ...],
+    repeats: int,
+    milliseconds: int,
+    span: int,
+    instructions: bool,
 ) -> dict[str, Any]:
     """All samples and what is to know about them, as it goes to the JSON file. names empty: all subjects.
 
     instructions: the clock counts those.
     """
-    _need_root()
+    need_root()
     with clock_kept(instructions):
         subjects, skipped = choose(names)
-        versions = _versions()
     result: dict[str, Any] = {
-        "format": FORMAT,
-        "kernel": platform.release(),
         "cpus": os.cpu_count(),
-        "versions": versions,
-        "span": span,
-        "milliseconds": milliseconds,
-        "repeats": repeats,
-        "cells": [cell._asdict() for cell in fio.CELLS],
-        "subjects": {name: {"title": s.title, "against": s.against} for name, s in subjects.items()},
+        "cells": [cell._asdict() for cell in cells],
         "skipped": skipped,
         "memory": [],
     }
-    with Lab(span, instructions) as lab:
+    with Lab(span, instructions, images=len(subjects)) as lab:
         with clock_kept(instructions):
-            devices = {name: _set_up(subject, lab) for name, subject in subjects.items()}
+            devices = {}
+            for name, subject in list(subjects.items()):
+                try:
+                    devices[name] = _set_up(subject, lab)
+                except BenchError as error:
+                    _drop(subject, error, name in names)
+                    skipped[name] = f"its set-up failed: {_why(subject, error)}"
+                    del subjects[name]
             run("udevadm", "settle")
         for device in devices.values():
             without_scheduler(device)
-        result["samples"] = _rounds(subjects, devices, lab, repeats, milliseconds)
+        result["samples"] = _rounds(subjects, devices, lab, cells, repeats, milliseconds, names, skipped)
+        result["subjects"] = {name: {"title": s.title, "against": s.against} for name, s in subjects.items()}
         for name, subject in subjects.items():
             if isinstance(subject, Ublkd):
                 result["subjects"][name]["transport"] = subject.shown["transport"]
@@ -75,7 +81,7 @@ def measure(
 
 def fresh_memory(span: int) -> list[dict[str, Any]]:
     """What a device's processes take before any I/O. Another one of ublkd would share with them."""
-    _need_root()
+    need_root()
     found = []
     for workers in WORKERS:
         with Lab(span) as lab:
@@ -87,9 +93,14 @@ def fresh_memory(span: int) -> list[dict[str, Any]]:
     return found
 
 
-def _need_root() -> None:
+def need_root() -> None:
     if os.geteuid() != 0:
         raise BenchError("devices are made by root: run it as root")
+
+
+def facts() -> dict[str, Any]:
+    """What is the same for all parts of a measurement."""
+    return {"format": FORMAT, "kernel": platform.release(), "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:
@@ -100,34 +111,67 @@ def _versions() -> dict[str, str]:
     }
     with suppress(BenchError):
         versions["nbdkit"] = run("nbdkit", "--version").split()[-1]
+    with suppress(BenchError):
+        versions["qemu-nbd"] = run("qemu-nbd", "--version").split()[1]
     return versions
 
 
 def _set_up(subject: Subject, lab: Lab) -> str:
     say(f"setting up {subject.name}")
-    try:
-        device = subject.setup(lab)
-        if subject.stores:
-            lab.fill(device)
-    except BenchError as error:
-        raise BenchError(f"{subject.name}: {error}") from None
+    device = subject.setup(lab)
+    if subject.stores:
+        lab.fill(device)
     return device
 
 
+def _why(subject: Subject, error: BenchError) -> str:
+    words = subject.last_words()
+    return f"{error}; {words}" if words else str(error)
+
+
+def _drop(subject: Subject, error: BenchError, named: bool) -> None:
+    """A peer that fails is left out; BenchError if it was asked for, or is ours."""
+    if named or isinstance(subject, Ublkd):
+        raise BenchError(f"{subject.name}: {_why(subject, error)}") from None
+    say(f"without {subject.name}: {_why(subject, error)}")
+
+
 def _rounds(
-    subjects: dict[str, Subject], devices: dict[str, str], lab: Lab, repeats: int, milliseconds: int
+    subjects: dict[str, Subject],
+    devices: dict[str, str],
+    lab: Lab,
+    cells: tuple[fio.Cell, ...],
+    repeats: int,
+    milliseconds: int,
+    named: list[str],
+    skipped: dict[str, str],
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """samples[subject][cell]: one per repeat. Subjects take turns, and each round begins with another one."""
+    """samples[subject][cell]: one per repeat. Subjects take turns, and each round begins with another one.
+
+    A peer that fails leaves subjects for skipped, with the reason.
+    """
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {
-        name: {cell.key: [] for cell in fio.CELLS} for name in subjects
+        name: {cell.key: [] for cell in cells} for name in subjects
     }
     names = list(subjects)
+    progress = Progress("turn", repeats * len(names))
     for number in range(repeats):
         first = number * len(names) // repeats
         for name in names[first:] + names[:first]:
-            say(f"round {number + 1} of {repeats}: {name}")
+            progress.next(f"{name}, round {number + 1}")
+            subject = subjects.get(name)
+            if not subject:
+                continue
             drop_caches()
-            taken = fio.measure(devices[name], lab.span, milliseconds, subjects[name].pids(), lab.directory)
+            if subject.caches and subject.image:
+                run("dd", f"if={subject.image}", "of=/dev/null", "bs=1M", "status=none")
+            try:
+                taken = fio.measure(devices[name], lab.span, milliseconds, subject.pids(), lab.directory, cells)
+            except BenchError as error:
+                _drop(subject, error, name in named)
+                skipped[name] = f"it failed in round {number + 1}: {_why(subject, error)}"
+                del subjects[name], samples[name]
+                continue
             for key, sample in taken.items():
                 samples[name][key].append(sample)
     return samples

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from . import kublk
 from .system import BenchError, Lab, block, module_exists, run, wait_for, write
 
 HERE = Path(__file__).resolve().parent
@@ -22,8 +26,12 @@ class Subject:
 
     name = ""
     title = ""
-    against: tuple[str, ...] = ()  # what the report compares it with
+    # what the report compares it with; NAME* is the best of several, cell by cell
+    against: tuple[str, ...] = ()
     stores = True  # whether it keeps what is written
+    queues = 1
+    image: Path | None = None  # the file behind it
+    caches = False  # whether that is to be in the page cache
 
     def missing(self) -> str:
         """Why it can't be had here, or nothing."""
@@ -36,6 +44,15 @@ class Subject:
     def pids(self) -> list[int]:
         """The processes that serve it."""
         return []
+
+    def last_words(self) -> str:
+        """What its server said before it failed, if that is known."""
+        return ""
+
+    def make_image(self, lab: Lab) -> Path:
+        """The file behind it, filled."""
+        self.image = lab.backing_file(f"{self.name}-{self.queues}.img")
+        return self.image
 
 
 def ublkd() -> Path:
@@ -68,7 +85,7 @@ class Ublkd(Subject):
         return "" if Path("/dev/ublk-control").exists() else "there is no ublk driver: modprobe ublk_drv"
 
     def setup(self, lab: Lab) -> str:
-        self.shown = add_device(lab, *self.arguments(lab), "--queues", "1")
+        self.shown = add_device(lab, *self.arguments(lab), "--queues", str(self.queues))
         path: str = self.shown["path"]
         return path
 
@@ -89,6 +106,7 @@ class Null(Ublkd):
 class NullNoZero(Null):
     name = "null-no-zero"
     title = "ublkd null --no-zero (as null_blk does it)"
+    against = ("null_blk", "kublk-null*", "ublksrv-null*", "rublk-null*")
 
     def arguments(self, lab: Lab) -> list[str | Path]:
         return [*super().arguments(lab), "--no-zero"]
@@ -97,7 +115,7 @@ class NullNoZero(Null):
 class Memory(Ublkd):
     name = "memory"
     title = "ublkd memory"
-    against = ("brd",)
+    against = ("brd", "nbdkit-memory")
 
     def arguments(self, lab: Lab) -> list[str | Path]:
         return ["memory", "--size", str(lab.span)]
@@ -106,10 +124,20 @@ class Memory(Ublkd):
 class Loop(Ublkd):
     name = "loop"
     title = "ublkd loop, direct, on ext4 on brd"
-    against = ("kernel-loop",)
+    against = ("kernel-loop", "kublk-loop*", "ublksrv-loop*", "rublk-loop*", "qemu-nbd")
 
     def arguments(self, lab: Lab) -> list[str | Path]:
-        return ["loop", lab.backing_file("ublkd.img"), "--direct"]
+        return ["loop", self.make_image(lab), "--direct"]
+
+
+class LoopBuffered(Ublkd):
+    name = "loop-buffered"
+    title = "ublkd loop through the page cache, on ext4 on brd"
+    against = ("kernel-loop-buffered",)
+    caches = True
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        return ["loop", self.make_image(lab), "--buffered"]
 
 
 class NullBatched(NullNoZero):
@@ -133,7 +161,7 @@ class LoopBatched(Loop):
     title = "ublkd loop --batch on, direct, on ext4 on brd"
 
     def arguments(self, lab: Lab) -> list[str | Path]:
-        return ["loop", lab.backing_file("batched.img"), "--direct", "--batch", "on"]
+        return [*super().arguments(lab), "--batch", "on"]
 
 
 class PythonRam(Ublkd):
@@ -159,10 +187,10 @@ class NullBlk(Subject):
         if not directory.exists():
             run("mount", "-t", "configfs", "none", directory.parent)
             lab.later(run, "umount", directory.parent)
-        device = directory / "ublkdbench"
+        device = directory / f"ublkdbench{self.queues}"
         device.mkdir()
         lab.later(device.rmdir)
-        settings = {"size": lab.span >> 20, "submit_queues": 1, "hw_queue_depth": DEPTH, "queue_mode": 2}
+        settings = {"size": lab.span >> 20, "hw_queue_depth": DEPTH, "queue_mode": 2, "submit_queues": self.queues}
         for name, value in (*settings.items(), ("power", 1)):
             write(device / name, str(value))
         # newer kernels take the name from the directory
@@ -184,40 +212,225 @@ class Brd(Subject):
 class KernelLoop(Subject):
     name = "kernel-loop"
     title = "kernel loop, direct, on ext4 on brd"
+    direct = True
 
     def missing(self) -> str:
         return "" if module_exists("loop") and module_exists("brd") else "this kernel has no loop or no brd"
 
     def setup(self, lab: Lab) -> str:
-        image = lab.backing_file("kernel.img")
+        image = self.make_image(lab)
         lab.module("loop", "max_loop=0")
-        device = run("losetup", "--find", "--show", "--direct-io=on", image).strip()
+        wanted = "on" if self.direct else "off"
+        device = run("losetup", "--find", "--show", f"--direct-io={wanted}", image).strip()
         lab.later(run, "losetup", "--detach", device)
-        if (block(device) / "loop" / "dio").read_text().strip() != "1":
-            raise BenchError(f"{device} took no direct I/O on {image}")
+        if (block(device) / "loop" / "dio").read_text().strip() != str(int(self.direct)):
+            raise BenchError(f"{device} has direct I/O on {image} other than {wanted}")
         return device
 
 
-class NbdkitPython(Subject):
-    name = "nbdkit-python"
-    title = "nbdkit's Python plugin over a Unix socket and nbd"
+class KernelLoopBuffered(KernelLoop):
+    name = "kernel-loop-buffered"
+    title = "kernel loop through the page cache, on ext4 on brd"
+    direct = False
+    caches = True
+
+
+class Peer(Subject):
+    """Another ublk server: their command lines differ little, and what they print even less."""
+
+    program = ""
+    words: tuple[str, ...] = ()  # after "add", without the number of queues
+    on_file = False
+    pid = 0
+
+    def path(self) -> str:
+        """Of its program; BenchError if it is missing."""
+        found = shutil.which(self.program)
+        if not found:
+            raise BenchError(f"there is no {self.program} on PATH")
+        return found
 
     def missing(self) -> str:
-        if not (shutil.which("nbdkit") and shutil.which("nbd-client")):
-            return "nbdkit is missing: apt-get install nbdkit nbdkit-plugin-python nbd-client"
-        if subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True).returncode:
-            return "nbdkit has no Python plugin: apt-get install nbdkit-plugin-python"
+        if not Path("/dev/ublk-control").exists():
+            return "there is no ublk driver: modprobe ublk_drv"
+        try:
+            self.path()
+        except BenchError as error:
+            return str(error)
+        return ""
+
+    def setup(self, lab: Lab) -> str:
+        number, self.pid = added(self.add(lab))
+        lab.later(run, self.path(), "del", "-n", str(number))
+        device = f"/dev/ublkb{number}"
+        wait_for(f"the start of {device}", Path(device).exists)
+        return device
+
+    def add(self, lab: Lab) -> str:
+        """What it prints once the device is there."""
+        return run(self.path(), "add", *self.arguments(lab))
+
+    def arguments(self, lab: Lab) -> list[str | Path]:
+        """After "add"."""
+        return [*self.words, "-q", str(self.queues), "-d", str(DEPTH), *self.file(lab)]
+
+    def file(self, lab: Lab) -> list[str | Path]:
+        """How the file is named."""
+        return ["-f", self.make_image(lab)] if self.on_file else []
+
+    def pids(self) -> list[int]:
+        return [self.pid]
+
+
+def added(text: str) -> tuple[int, int]:
+    """Number of the device and pid of its server, as these servers print them."""
+    number, pid = re.search(r"dev id (\d+)", text), re.search(r"daemon pid (\d+)", text)
+    if not number or not pid:
+        raise BenchError(f"it added no device but said: {' '.join(text.split())[:200] or 'nothing'}")
+    return int(number[1]), int(pid[1])
+
+
+class Kublk(Peer):
+    program = "kublk"
+    server: subprocess.Popen[bytes] | None = None
+
+    def path(self) -> str:
+        found, reason = kublk.find(platform.release())
+        if not found:
+            raise BenchError(reason)
+        return found
+
+    def add(self, lab: Lab) -> str:
+        # in the background it closes stdout and goes on writing to whatever file gets that number next
+        self.log = log = lab.directory / f"{self.name}-{self.queues}.log"
+        command = [self.path(), "add", "--foreground", *map(str, self.arguments(lab))]
+        with log.open("w") as output:
+            self.server = server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        lab.later(server.wait)
+        wait_for("the start of kublk", lambda: "daemon pid" in log.read_text() or server.poll() is not None)
+        return log.read_text()
+
+    def last_words(self) -> str:
+        if self.server is None or self.server.poll() is None:
+            return ""
+        lines = self.log.read_text().strip().splitlines()
+        return f"kublk ended with status {self.server.poll()}: {lines[-1] if lines else 'nothing said'}"
+
+    def file(self, lab: Lab) -> list[str | Path]:
+        return [self.make_image(lab)] if self.on_file else []
+
+
+class KublkNull(Kublk):
+    name = "kublk-null"
+    title = "the kernel selftest's server, null, per tag, the kernel copies"
+    words = ("-t", "null")
+    stores = False
+
+
+class KublkNullZeroCopy(KublkNull):
+    name = "kublk-null-zc"
+    title = "the kernel selftest's server, null --auto_zc"
+    words = ("-t", "null", "--auto_zc")
+
+
+class KublkNullBatch(KublkNull):
+    name = "kublk-null-batch"
+    title = "the kernel selftest's server, null --batch, the kernel copies"
+    words = ("-t", "null", "--batch")
+
+
+class KublkNullBatchZeroCopy(KublkNull):
+    name = "kublk-null-batch-zc"
+    title = "the kernel selftest's server, null --batch --auto_zc"
+    words = ("-t", "null", "--batch", "--auto_zc")
+
+
+class KublkLoop(Kublk):
+    name = "kublk-loop-zc"
+    title = "the kernel selftest's server, loop --auto_zc, direct, on ext4 on brd"
+    words = ("-t", "loop", "--auto_zc")
+    on_file = True
+
+
+class KublkLoopBatch(KublkLoop):
+    name = "kublk-loop-batch"
+    title = "the kernel selftest's server, loop --batch, the kernel copies, direct, on ext4 on brd"
+    words = ("-t", "loop", "--batch")
+
+
+class KublkLoopBatchZeroCopy(KublkLoop):
+    name = "kublk-loop-batch-zc"
+    title = "the kernel selftest's server, loop --batch --auto_zc, direct, on ext4 on brd"
+    words = ("-t", "loop", "--batch", "--auto_zc")
+
+
+class UblksrvNull(Peer):
+    name = "ublksrv-null"
+    title = "ublksrv null, the kernel copies"
+    program = "ublk"
+    words = ("-t", "null")
+    stores = False
+
+
+class UblksrvNullZeroCopy(UblksrvNull):
+    name = "ublksrv-null-zc"
+    title = "ublksrv null, zero copy"
+    words = ("-t", "null", "-z")
+
+
+class UblksrvLoop(UblksrvNull):
+    name = "ublksrv-loop-zc"
+    title = "ublksrv loop, zero copy, direct, on ext4 on brd"
+    words = ("-t", "loop", "-z")
+    stores = True
+    on_file = True
+
+
+class RublkNull(Peer):
+    name = "rublk-null"
+    title = "rublk null, the kernel copies"
+    program = "rublk"
+    words = ("null",)
+    stores = False
+
+
+class RublkNullZeroCopy(RublkNull):
+    name = "rublk-null-zc"
+    title = "rublk null, zero copy"
+    words = ("null", "-z")
+
+
+class RublkLoop(RublkNull):
+    name = "rublk-loop-zc"
+    title = "rublk loop, zero copy, direct, on ext4 on brd"
+    words = ("loop", "-z")
+    stores = True
+    on_file = True
+
+
+class Nbd(Subject):
+    """A server that the kernel's nbd client talks to over a Unix socket."""
+
+    programs: tuple[str, ...] = ()
+
+    def command(self, lab: Lab, socket: Path) -> list[str | Path]:
+        """What serves it, in the foreground."""
+        raise NotImplementedError
+
+    def missing(self) -> str:
+        for program in (*self.programs, "nbd-client"):
+            if not shutil.which(program):
+                return f"{program} is missing: run scripts/setup bench"
         return "" if module_exists("nbd") else "this kernel has no nbd"
 
     def setup(self, lab: Lab) -> str:
-        socket = lab.directory / "nbdkit"
-        script = HERE / "nbdkit_ram_disk.py"
-        command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(socket), "python", str(script)]
-        self.server = subprocess.Popen([*command, f"size={lab.span}"], stdin=subprocess.DEVNULL)
+        socket = lab.directory / f"{self.name}.socket"
+        command = self.command(lab, socket)
+        self.server = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL)
         lab.later(self.server.wait)
         lab.later(self.server.terminate)
-        wait_for("the start of nbdkit", lambda: socket.exists() or self.server.poll() is not None)
-        lab.module("nbd", "nbds_max=1", "max_part=0")
+        wait_for(f"the start of {self.programs[0]}", lambda: socket.exists() or self.server.poll() is not None)
+        lab.module("nbd", "nbds_max=8", "max_part=0")
         device = self._free_device()
         run("nbd-client", "-unix", socket, device, "-b", "512")
         lab.later(wait_for, f"the end of {device}", lambda: not (block(device) / "pid").exists())
@@ -237,6 +450,41 @@ class NbdkitPython(Subject):
         return [self.server.pid]
 
 
+class NbdkitPython(Nbd):
+    name = "nbdkit-python"
+    title = "nbdkit's Python plugin over a Unix socket and nbd"
+    programs = ("nbdkit",)
+
+    def missing(self) -> str:
+        reason = super().missing()
+        if not reason and subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True).returncode:
+            return "nbdkit has no Python plugin: run scripts/setup bench"
+        return reason
+
+    def command(self, lab: Lab, socket: Path) -> list[str | Path]:
+        plugin = ["python", HERE / "nbdkit_ram_disk.py", f"size={lab.span}"]
+        return ["nbdkit", "-f", "--exit-with-parent", "-U", socket, *plugin]
+
+
+class NbdkitMemory(Nbd):
+    name = "nbdkit-memory"
+    title = "nbdkit's memory plugin over a Unix socket and nbd"
+    programs = ("nbdkit",)
+
+    def command(self, lab: Lab, socket: Path) -> list[str | Path]:
+        return ["nbdkit", "-f", "--exit-with-parent", "-U", socket, "memory", f"size={lab.span}"]
+
+
+class QemuNbd(Nbd):
+    name = "qemu-nbd"
+    title = "qemu-nbd (direct, io_uring) over a Unix socket and nbd, on ext4 on brd"
+    programs = ("qemu-nbd",)
+
+    def command(self, lab: Lab, socket: Path) -> list[str | Path]:
+        how = ["--persistent", "--format=raw", "--cache=none", "--aio=io_uring"]
+        return ["qemu-nbd", *how, f"--socket={socket}", self.make_image(lab)]
+
+
 SUBJECTS: dict[str, type[Subject]] = {
     subject.name: subject
     for subject in (
@@ -244,13 +492,35 @@ SUBJECTS: dict[str, type[Subject]] = {
         NullNoZero,
         NullBatched,
         NullBlk,
+        KublkNull,
+        KublkNullZeroCopy,
+        KublkNullBatch,
+        KublkNullBatchZeroCopy,
+        UblksrvNull,
+        UblksrvNullZeroCopy,
+        RublkNull,
+        RublkNullZeroCopy,
         Memory,
         MemoryBatched,
         Brd,
+        NbdkitMemory,
         Loop,
         LoopBatched,
         KernelLoop,
+        KublkLoop,
+        KublkLoopBatch,
+        KublkLoopBatchZeroCopy,
+        UblksrvLoop,
+        RublkLoop,
+        QemuNbd,
+        LoopBuffered,
+        KernelLoopBuffered,
         PythonRam,
         NbdkitPython,
     )
 }
+
+
+def expand(pattern: str) -> list[str]:
+    """The subjects that a name of Subject.against stands for."""
+    return fnmatch.filter(SUBJECTS, pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,44 @@ class BenchError(Exception):
 def say(text: str) -> None:
     """One line of progress."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+_TURN = re.compile(r"bench: \w+ (\d+) of (\d+): ")
+
+
+class Clock:
+    """Adds the real time that is left to lines of progress: a measurement's own clock may count something else."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began = 0.0
+
+    def stamp(self, line: str) -> str:
+        """The line as it is to be shown."""
+        turn = _TURN.match(line)
+        if not turn:
+            return line
+        done, total = int(turn[1]) - 1, int(turn[2])
+        if not done:
+            self._began = self._now()
+            return line
+        minutes = (self._now() - self._began) / done * (total - done) / 60
+        return f"{line} ({minutes:.0f} min left)" if minutes >= 1 else line
+
+
+class Progress:
+    """Says how far a part of the measurement is."""
+
+    clock: Clock | None = None  # adds the time that is left, where no host does
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+
+    def next(self, text: str) -> None:
+        """One more begins."""
+        self._done += 1
+        line = f"bench: {self._what} {self._done} of {self._total}: {text}"
+        print(self.clock.stamp(line) if self.clock else line, file=sys.stderr, flush=True)
 
 
 def run(*command: str | Path, timeout: float = COMMAND_S) -> str:
@@ -118,8 +157,9 @@ def clock_kept(instructions: bool) -> Iterator[None]:
 class Lab:
     """Where subjects are set up: a directory, modules, disks. Leaving it undoes everything, last first."""
 
-    def __init__(self, span: int, instructions: bool = False) -> None:
+    def __init__(self, span: int, instructions: bool = False, images: int = 1) -> None:
         self.span = span  # bytes of each disk that are used
+        self._images = images  # backing files at most
         self._instructions = instructions
         self._undo = contextlib.ExitStack()
         self._left: list[str] = []
@@ -161,7 +201,7 @@ class Lab:
         if not self._has_brd:
             if module_loaded("brd"):
                 raise BenchError("brd is in use: rmmod brd, or choose --targets that need none")
-            size = 3 * self.span + self.span // 8 + 64 * MIB  # three backing files and what ext4 needs
+            size = self._images * (self.span + self.span // 32) + 64 * MIB  # with what ext4 needs
             self.module("brd", "rd_nr=2", f"rd_size={size // 1024}", "max_part=0")
             self._has_brd = True
         return f"/dev/ram{number}"

@@ -71,6 +71,14 @@ need_driver_packages() {
 
 need_bench_packages() {
     need fio fio
+    need mkfs.ext4 e2fsprogs
+    need nbd-client nbd-client
+    need nbdkit nbdkit
+    nbdkit --dump-plugin python >/dev/null 2>&1 || missing_packages+=(nbdkit-plugin-python)
+    need qemu-nbd qemu-utils
+    # for the kernel's source
+    need dpkg dpkg
+    need xz xz-utils
 }
 
 busybox_is_static() {

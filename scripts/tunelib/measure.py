@@ -32,7 +32,7 @@ _READ_AHEAD = (
 
 def cells(plan: Plan, write: bool) -> tuple[fio.Cell, ...]:
     """What to measure: benchlib's, those that write only if asked for, and what read-ahead acts on if it changes."""
-    chosen = [cell for cell in fio.CELLS if write or "write" not in cell.rw]
+    chosen = [cell for cell in fio.FEW if write or not cell.writes]
     if any(change.key == "read_ahead_kb" for change in plan.changes):
         chosen += _READ_AHEAD
     return tuple(chosen)

@@ -87,31 +87,6 @@ def fill(dev_id: int, seed: int) -> None:
         os.close(fd)
 
 
-def footprint(ids: list[int]) -> dict[str, float]:
-    """What a device costs, on average."""
-    pss = {"supervisor": 0, "worker": 0}
-    files = {"supervisor": 0, "worker": 0}
-    processes = 0
-    for dev_id in ids:
-        record = inventory.read_record(dev_id)
-        assert record is not None
-        family = {record["supervisor"]["pid"]: "supervisor"} | {w["pid"]: "worker" for w in record["workers"]}
-        for pid, what in family.items():
-            processes += 1
-            pss[what] += watch.pss_kib(pid)
-            files[what] += watch.open_files(pid)
-    shm = sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("ublkd-*") if "." not in path.name)
-    count = len(ids)
-    return {
-        "processes": round(processes / count, 2),
-        "supervisor_pss_kib": round(pss["supervisor"] / count, 1),
-        "workers_pss_kib": round(pss["worker"] / count, 1),
-        "supervisor_files": round(files["supervisor"] / count, 2),
-        "worker_files": round(files["worker"] / count, 2),
-        "counters_kib": round(shm / count / 1024, 1),
-    }
-
-
 def main() -> int:
     """Entry point."""
     parse = argparse.ArgumentParser(description=__doc__)
@@ -165,7 +140,7 @@ def main() -> int:
         free = watch.meminfo("MemAvailable")["MemAvailable"]
         phase("start all in parallel", lambda: pool.run([add(dev_id) for dev_id in ids]))
         report["memory_kib_per_device"] = round((free - watch.meminfo("MemAvailable")["MemAvailable"]) / len(ids))
-        report["per_device"] = footprint(ids)
+        report["per_device"] = watch.footprint(ids)
         phase("write", lambda: [fill(dev_id, options.seed) for dev_id in ids])
         phase("verify", lambda: [verify(dev_id, options.seed) for dev_id in ids])
         phase("kill a worker of each, verify", kill_workers)
@@ -173,7 +148,7 @@ def main() -> int:
         phase("verify again", lambda: [verify(dev_id, options.seed) for dev_id in ids])
         states = {entry["state"] for entry in inventory.devices()}
         assert states == {"live"}, f"states: {states}"
-        report["per_device_after"] = footprint(ids)
+        report["per_device_after"] = watch.footprint(ids)
         phase("stop all in parallel", lambda: pool.run([["del", dev_id] for dev_id in ids]))
         pool.close()
         left = leaks.find()

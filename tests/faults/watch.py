@@ -137,6 +137,31 @@ def meminfo(*names: str) -> dict[str, int]:
     return found
 
 
+def footprint(ids: list[int]) -> dict[str, float]:
+    """What a device costs, on average."""
+    pss = {"supervisor": 0, "worker": 0}
+    files = {"supervisor": 0, "worker": 0}
+    processes = 0
+    for dev_id in ids:
+        record = inventory.read_record(dev_id)
+        assert record is not None
+        family = {record["supervisor"]["pid"]: "supervisor"} | {w["pid"]: "worker" for w in record["workers"]}
+        for pid, what in family.items():
+            processes += 1
+            pss[what] += pss_kib(pid)
+            files[what] += open_files(pid)
+    shm = sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("ublkd-*") if "." not in path.name)
+    count = len(ids)
+    return {
+        "processes": round(processes / count, 2),
+        "supervisor_pss_kib": round(pss["supervisor"] / count, 1),
+        "workers_pss_kib": round(pss["worker"] / count, 1),
+        "supervisor_files": round(files["supervisor"] / count, 2),
+        "worker_files": round(files["worker"] / count, 2),
+        "counters_kib": round(shm / count / 1024, 1),
+    }
+
+
 def now() -> float:
     """Seconds on the clock that all times here are of."""
     return time.monotonic()

@@ -13,8 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from benchlib import cli, fio, measure, processes, report, system
-from benchlib.subjects import SUBJECTS, NbdkitPython, Subject, Ublkd
+from benchlib import cli, fio, kublk, measure, plot, processes, report, scaling, subjects, system
+from benchlib.subjects import SUBJECTS, NbdkitPython, Subject, Ublkd, added, expand
 
 # One job as fio 3.33 prints it, without what is not read.
 JOB: dict[str, Any] = {
@@ -87,6 +87,24 @@ class TestFio:
     def test_a_disk_without_a_server(self) -> None:
         assert "exec_" not in fio.job_file("/dev/ram0", 1 << 27, 400, [])
 
+    def test_a_job_on_each_cpu(self) -> None:
+        text = fio.job_file("/dev/ram0", 1 << 27, 400, [], fio.CELLS[:1], [0, 2], warm_up=False)
+        assert "numjobs=2\ncpus_allowed=0,2\ncpus_allowed_policy=split\n" in text
+        assert fio.WARM_UP not in text
+
+    def test_reads_and_writes_are_one_figure(self) -> None:
+        mixed = {key: value for key, value in job().items() if key not in ("read", "write")}
+        assert fio.parse(fio_output(mixed | {"mixed": JOB["read"]}))["read-4k-1"]["iops"] == 9614.25
+
+    def test_which_cells_write(self) -> None:
+        assert {cell.key for cell in fio.CELLS if not cell.writes} == {
+            "read-4k-1",
+            "read-4k-32",
+            "read-4k-128",
+            "read-128k-8",
+            "read-1m-4",
+        }
+
 
 class TestProcesses:
     def test_cpu_time_of_all_threads(self) -> None:
@@ -119,6 +137,16 @@ class TestProcesses:
         }
 
 
+RUN = {
+    "command": "scripts/bench",
+    "date": "2026-01-01",
+    "commit": "0123abc",
+    "span": 1 << 27,
+    "milliseconds": 400,
+    "repeats": 3,
+}
+
+
 def result_of(**subjects: list[float]) -> dict[str, Any]:
     """A result with one cell and these IOPS; all but kernel disks have a server that takes 10 us."""
     cells = [fio.CELLS[0]._asdict()]
@@ -129,21 +157,33 @@ def result_of(**subjects: list[float]) -> dict[str, Any]:
     memory = {field: 100 for field in ("pss", "pss_anon", "pss_file", "pss_shmem", "private_dirty")}
     workers = [{**memory, "pss": pss} for pss in (100, 300)]
     return {
+        "format": 2,
         "kernel": "7.2.12",
         "cpus": 1,
         "clock": "instructions",
-        "command": "scripts/bench",
-        "date": "2026-01-01",
-        "commit": "0123abc",
+        "runs": dict.fromkeys(("speed", "queues", "devices"), RUN),
         "versions": {"fio": "3.33"},
-        "span": 1 << 27,
-        "milliseconds": 400,
-        "repeats": 3,
         "cells": cells,
         "subjects": {name: {"title": name, "against": SUBJECTS[name].against} for name in subjects},
         "skipped": {"brd": "this kernel has no brd"},
         "samples": samples,
         "memory": [{"when": "fresh", "subject": "null", "supervisor": memory, "workers": workers}],
+        "queues": {
+            "counts": [1, 2],
+            "cells": cells,
+            "samples": {"null": {"1": {"read-4k-1": [25000.0] * 3}, "2": {"read-4k-1": [20000.0] * 3}}},
+        },
+        "devices": [
+            {
+                "devices": 1,
+                "start_ms": 500.0,
+                "slowest_start_ms": 600.0,
+                "supervisor_pss_kib": 9000.0,
+                "workers_pss_kib": 8000.0,
+                "machine_kib": 20000,
+                "counters_kib": 16.0,
+            }
+        ],
     }
 
 
@@ -160,11 +200,39 @@ class TestReport:
     def test_only_what_was_measured_is_compared(self) -> None:
         assert report.pairs(result_of(null=[1.0], loop=[1.0], null_blk=[1.0])) == [("null", "null_blk")]
 
+    def test_the_best_of_several(self) -> None:
+        result = result_of(**{"null-no-zero": [3000.0], "kublk-null": [2000.0], "kublk-null-batch": [4000.0]})
+        assert report.pairs(result) == [("null-no-zero", "kublk-null*")]
+        assert report.ratio_table(result).splitlines()[2] == "| null-no-zero / best kublk-null |             0.75 |"
+
     def test_figures(self) -> None:
         result = result_of(null=[1000, 3000, 2000], null_blk=[4000, 4000, 9000])
-        lines = report.figures_table(result).splitlines()
-        assert lines[2].split("|")[2].strip() == "2000 [1000-3000] 10.0"
-        assert lines[3].split("|")[2].strip() == "4000 [4000-9000] -"
+        iops, server = report.iops_table(result).splitlines(), report.server_table(result).splitlines()
+        assert iops[2].split("|")[2].strip() == "2000 ±50.0 %"
+        assert iops[3].split("|")[2].strip() == "4000 ±62.5 %"
+        assert server[2].split("|")[2].strip() == "10.0"
+        assert len(server) == 3  # a kernel disk has no server
+
+    def test_latency(self) -> None:
+        result = result_of(null=[1.0])
+        result["samples"]["null"]["read-4k-1"] = [{"iops": 1.0, "p50_us": 9.6, "p99_us": 20.0, "p999_us": 31.0}]
+        assert report.latency_table(result).splitlines()[2].split("|")[2].strip() == "10 / 20 / 31"
+
+    def test_queues(self) -> None:
+        result = result_of(null=[1.0])
+        row = report.queues_table(result).splitlines()[2]
+        assert [cell.strip() for cell in row.split("|")[1:-1]] == ["null", "10000 (1.00)", "12500 (1.25)"]
+        result["clock"] = "wall"
+        assert "20000 (0.80)" in report.queues_table(result)
+
+    def test_only_the_parts_that_were_measured(self) -> None:
+        result = result_of(null=[1.0])
+        assert list(report.tables(result)) == ["ratios", "iops", "server", "latency", "queues", "devices", "memory"]
+        for part in ("samples", "memory"):
+            del result[part]
+        assert list(report.tables(result)) == ["queues", "devices"]
+        text = report.markdown(result, "vm-7.2.12", ["vm-7.2.12-devices.png"])
+        assert "![More devices](vm-7.2.12-devices.png)" in text and "What was measured" not in text
 
     def test_memory_per_worker_is_the_mean(self) -> None:
         line = report.memory_table(result_of(null=[1.0])).splitlines()[-1]
@@ -172,10 +240,37 @@ class TestReport:
         assert (what, who, pss) == ("null, fresh, 2 workers", "per worker", "200")
 
     def test_markdown(self) -> None:
-        text = report.markdown(result_of(null=[1.0], null_blk=[2.0]), "vm-7.2.12")
-        assert "![ratios and server time](vm-7.2.12.png)" in text
+        result = result_of(null=[1.0], null_blk=[2.0])
+        text = report.markdown(result, "vm-7.2.12", ["vm-7.2.12-ratios.png"])
+        assert "![Ratios](vm-7.2.12-ratios.png)" in text
         assert "Scheduler `none` for all" in text
         assert "* brd was not measured: this kernel has no brd" in text
+        assert "* `scripts/bench`, 2026-01-01, commit 0123abc (speed, queues, devices): 400 ms per cell" in text
+
+    def test_parts_of_an_earlier_run_stay(self) -> None:
+        earlier, later = result_of(null=[1.0]), result_of(null=[2.0])
+        later["runs"] = {"speed": RUN | {"command": "scripts/bench --parts speed"}}
+        later["memory"] = [later["memory"][0] | {"when": "after the run"}]
+        del later["queues"], later["devices"]
+        joined = report.join(later, earlier)
+        assert joined["samples"] == later["samples"] and joined["queues"] == earlier["queues"]
+        assert [entry["when"] for entry in joined["memory"]] == ["after the run", "fresh"]
+        assert "commit 0123abc (queues, devices)" in report.markdown(joined, "x", [])
+        assert report.join(later, earlier | {"kernel": "6.12"}) == later
+        assert report.join(later, {}) == later
+
+
+class TestPlot:
+    def test_a_picture_per_part(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        result = result_of(null=[1.0, 2.0], null_blk=[2.0, 4.0])
+        for samples in result["samples"].values():
+            for sample in samples["read-4k-1"]:
+                sample |= {"p50_us": 10.0, "p99_us": 20.0, "p999_us": 30.0}
+        names = [path.name for path in plot.plot(result, tmp_path / "vm-7.2")]
+        assert names == [f"vm-7.2-{what}.png" for what in ("ratios", "server", "latency", "queues", "devices")]
+        del result["samples"], result["devices"]
+        assert [path.name for path in plot.plot(result, tmp_path / "x")] == ["x-queues.png"]
 
 
 class TestChoose:
@@ -206,7 +301,98 @@ class TestChoose:
             monkeypatch.setattr(kind, "missing", lambda self: "")
 
     def test_every_comparison_exists(self) -> None:
-        assert {other for kind in SUBJECTS.values() for other in kind.against} <= set(SUBJECTS)
+        assert all(expand(other) for kind in SUBJECTS.values() for other in kind.against)
+
+
+class TestPeers:
+    # as kublk, ublksrv and rublk print a device
+    ADDED = (
+        "dev id 3: nr_hw_queues 1 queue_depth 128 block size 512 dev_capacity 524288000\n"
+        "\tmax rq size 1048576 daemon pid 4711 flags 0x42 state LIVE\n"
+    )
+
+    def test_what_they_print(self) -> None:
+        assert added(self.ADDED) == (3, 4711)
+
+    def test_what_they_print_when_they_fail(self) -> None:
+        with pytest.raises(system.BenchError, match="it added no device but said: dev id 3: gone"):
+            added("dev id 3:\n gone")
+        with pytest.raises(system.BenchError, match="nothing"):
+            added("")
+
+    def test_one_on_path(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        ran: list[tuple[str, ...]] = []
+
+        def run(*words: str) -> str:
+            ran.append(words)
+            return self.ADDED
+
+        program = tmp_path / "rublk"
+        program.touch(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(subjects, "run", run)
+        monkeypatch.setattr(subjects, "wait_for", lambda *_: None)
+        subject = SUBJECTS["rublk-null-zc"]()
+        lab = system.Lab(1 << 20)
+        assert subject.setup(lab) == "/dev/ublkb3" and subject.pids() == [4711]
+        assert ran == [(str(program), "add", "null", "-z", "-q", "1", "-d", "128")]
+        assert "ublkd-bench" not in "".join(map(str, ran))
+
+    def test_the_reason_that_one_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr(subjects.Path, "exists", lambda path: True)
+        assert SUBJECTS["ublksrv-null"]().missing() == "there is no ublk on PATH"
+
+
+class TestKublk:
+    def test_package_of_a_kernel(self) -> None:
+        assert kublk.package("7.2.12+deb14-amd64") == "linux-source-7.2"
+        assert kublk.package("6.1.0-56-amd64") == "linux-source-6.1"
+        with pytest.raises(system.BenchError, match=r"7\.1\.3 is no kernel of Debian's"):
+            kublk.package("7.1.3")
+
+    def test_where_it_is(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert kublk.find("7.2.12") == ("", "it is not built: run scripts/bench --fetch")
+        directory = tmp_path / "ublkd" / "kublk" / "7.2.12"
+        directory.mkdir(parents=True)
+        (directory / "absent").write_text("linux-source-7.2: it has no ublk selftest\n")
+        assert kublk.find("7.2.12") == ("", "linux-source-7.2: it has no ublk selftest")
+        (directory / "kublk").touch(0o755)
+        assert kublk.find("7.2.12") == (str(directory / "kublk"), "")
+
+
+class TestScaling:
+    def test_jobs_run_where_workers_do(self) -> None:
+        subject = SUBJECTS["memory"]()
+        assert isinstance(subject, Ublkd)
+        subject.queues, subject.shown = 2, {"workers": [{"cpu": 0}, {"cpu": 2}]}
+        assert scaling.job_cpus(subject, "/dev/ublkb0") == [0, 2]
+
+    def test_jobs_run_where_queues_are_fed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for queue, cpus in (("0", "0, 1"), ("1", "2, 3"), ("2", "0, 1, 2, 3")):
+            (tmp_path / "mq" / queue).mkdir(parents=True)
+            (tmp_path / "mq" / queue / "cpu_list").write_text(f"{cpus}\n")
+        monkeypatch.setattr(scaling, "block", lambda device: tmp_path)
+        subject = SUBJECTS["null_blk"]()
+        subject.queues = 2
+        assert scaling.job_cpus(subject, "/dev/nullb0") == [0, 2]
+        # one queue, whatever was asked for
+        for queue in ("1", "2"):
+            (tmp_path / "mq" / queue / "cpu_list").unlink()
+            (tmp_path / "mq" / queue).rmdir()
+        assert scaling.job_cpus(subject, "/dev/loop0") == [0, 1]
+
+
+class TestProgress:
+    def test_time_that_is_left(self) -> None:
+        times = iter([100.0, 220.0, 221.0])
+        clock = system.Clock(lambda: next(times))
+        assert clock.stamp("bench: turn 1 of 4: null") == "bench: turn 1 of 4: null"
+        assert clock.stamp("bench: turn 2 of 4: null") == "bench: turn 2 of 4: null (6 min left)"
+        assert clock.stamp("vm: kernel 7.2") == "vm: kernel 7.2"
+        assert clock.stamp("bench: queues 1 of 9: null") == "bench: queues 1 of 9: null"
 
 
 class TestLab:
@@ -239,7 +425,9 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--targets", "nul"], "there is no 'nul'; there are null,"),
+            (["--targets", "nul"], "there is no target 'nul'; there are null,"),
+            (["--cells", "read-4k-1,read"], "there is no cell 'read'; there are read-4k-1,"),
+            (["--parts", "all"], "there is no part 'all'; there are speed,"),
             (["--repeats", "0"], "'0' is not a number of at least 1"),
             (["--native", "--kernel", "6.12"], "not allowed with"),
             (["fast"], "unrecognized arguments: fast"),
