@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from .subjects import SUBJECTS, TOP
 from .system import MIB, BenchError, Clock, Progress, clock_kept, say
 
 _RESULT = "result.json"
+_LATE = "late"
 _CLOCK = ["--icount", "--timeout", "14400", "--require-ublk"]
 _VMS = {
     "speed": [*_CLOCK, "--memory", "4G"],
@@ -51,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     parse = _Parser(prog="bench", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--list", action="store_true", help="list parts, disks and cells; measure nothing")
     parse.add_argument("--fetch", action="store_true", help="fetch and build what is measured, and no more")
+    parse.add_argument("--render", action="store_true", help="tables and pictures again, of --out's raw numbers")
     parse.add_argument("--quick", action="store_true", help="one short round; files go to build/bench")
     parse.add_argument(
         "--parts",
@@ -74,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         help="with these workloads (default: all)",
     )
     parse.add_argument("--repeats", type=_positive, metavar="N", help="rounds (default 5; 1 with --quick)")
+    parse.add_argument("--minutes", type=_positive, metavar="N", help="begin no more rounds of disks after that")
     parse.add_argument("--milliseconds", type=_positive, default=100, metavar="N", help="per cell (%(default)s)")
     parse.add_argument("--span", type=_positive, default=64, metavar="MIB", help="disk size (%(default)s)")
     parse.add_argument("--out", type=Path, metavar="NAME", help="write NAME.md, NAME.json and NAME*.png")
@@ -100,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
             _check_out(options.out)
         if not options.fetch:
             plot.check()
+        if options.render:
+            return _render(options.out)
         if options.fetch or any("kublk" in name for name in options.targets or ["kublk"]):
             kublk.prepare(None if options.native else options.kernel)
         if options.fetch:
@@ -109,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = _measure(options, options.parts, instructions=False)
         else:
             result = _measure_in_vms(options)
-        result |= _circumstances(options, arguments)
+        result |= _circumstances(options, arguments, result)
         out = options.out or _default_out(options, result["kernel"])
         _publish(report.join(result, _earlier(out)), out)
         return 0
@@ -176,9 +183,18 @@ def _measure(options: argparse.Namespace, parts: Sequence[str], instructions: bo
         result["queues"] = scaling.measure(options.targets, repeats, milliseconds, span, instructions)
     if "speed" in parts:
         cells = tuple(cell for cell in fio.CELLS if cell.key in options.cells)
-        result |= measure(options.targets, cells, repeats, milliseconds, span, instructions)
+        late = _late(options)
+        result |= measure(options.targets, cells, repeats, milliseconds, span, instructions, late)
         memory += result["memory"]
     return result | {"memory": memory}
+
+
+def _late(options: argparse.Namespace) -> Callable[[], bool]:
+    """Whether --minutes are over; in a VM, whose clock is another, the host says so."""
+    if options.inside:
+        return Path(os.environ["UBLKD_VM_SHARE"], _LATE).exists
+    began = time.monotonic()
+    return lambda: options.minutes is not None and time.monotonic() > began + 60 * options.minutes
 
 
 def _inside(options: argparse.Namespace) -> int:
@@ -208,6 +224,10 @@ def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
         inside += ["--quick"] if options.quick else []
         machine = [*machine, "--env", "XDG_CACHE_HOME", "--share", share]
         command = [str(TOP / "scripts" / "vm"), options.kernel, *machine, "--", *inside]
+        late = threading.Timer(60 * (options.minutes or 0), Path(share, _LATE).touch)
+        late.daemon = True
+        if options.minutes:
+            late.start()
         vm = subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             assert vm.stderr
@@ -216,6 +236,7 @@ def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
                 print(clock.stamp(line.rstrip("\n")), file=sys.stderr, flush=True)
             status = vm.wait()
         finally:
+            late.cancel()
             # where we are told to end, it is to end by its own handler, so that no machine is left
             vm.terminate()
             vm.wait()
@@ -224,7 +245,9 @@ def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
         return json.loads(Path(share, _RESULT).read_text())
 
 
-def _circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+def _circumstances(
+    options: argparse.Namespace, arguments: list[str], result: dict[str, Any]
+) -> dict[str, Any]:
     run = {
         "command": shlex.join(["scripts/bench", *arguments]),
         "date": datetime.date.today().isoformat(),
@@ -233,7 +256,10 @@ def _circumstances(options: argparse.Namespace, arguments: list[str]) -> dict[st
         "repeats": options.repeats,
         "span": options.span * MIB,
     }
-    return {"clock": "wall" if options.native else "instructions", "runs": dict.fromkeys(options.parts, run)}
+    runs = {part: run for part in PARTS if part in options.parts}
+    if "speed" in runs:
+        runs["speed"] = run | {"repeats": result["rounds"]}
+    return {"clock": "wall" if options.native else "instructions", "runs": runs}
 
 
 def _earlier(out: Path) -> dict[str, Any]:
@@ -254,6 +280,13 @@ def _commit() -> str:
         return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no", "daemon")
     return commit + (" with changes" if changed else "")
+
+
+def _render(out: Path | None) -> int:
+    if not out or not (result := _earlier(out)):
+        raise BenchError("--render needs --out NAME of what was measured: there must be a NAME.json")
+    _publish(result, out)
+    return 0
 
 
 def _publish(result: dict[str, Any], out: Path) -> None:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from statistics import median
 from typing import Any
 
+from . import processes
 from .subjects import DEPTH, TOP, ublkd
 from .system import Lab, Progress, clock_kept, run
 
 COUNTS = (1, 10, 50, 200)
 SIZE_MIB = 64
+_REMOVE_S = 1e6  # see fio.FIO_S
 
 
 def measure(counts: tuple[int, ...], instructions: bool) -> list[dict[str, Any]]:
@@ -23,28 +26,42 @@ def measure(counts: tuple[int, ...], instructions: bool) -> list[dict[str, Any]]
     found: list[dict[str, Any]] = []
     paths: list[str] = []
     progress = Progress("devices", len(counts))
-    with Lab(SIZE_MIB << 20, instructions) as lab, clock_kept(instructions):
-        # what the first start brings into memory stays there for the others
-        run(ublkd(), "--version")
+    with Lab(SIZE_MIB << 20, instructions) as lab:
+        with clock_kept(instructions):
+            # what the first start reads from disk, and what the last one leaves, is there for all
+            run(ublkd(), "del", "--force", _add())
         free = watch.meminfo("MemAvailable")["MemAvailable"]
         lab.later(_remove, paths)
         for count in counts:
             progress.next(f"{count} device{'s' * (count > 1)}")
-            times = []
+            before, elapsed, commands = len(paths), [], []
             while len(paths) < count:
-                began = time.monotonic()
-                paths.append(run(ublkd(), "add", "null", "--size", f"{SIZE_MIB}M", "--depth", str(DEPTH)).strip())
-                times.append(1000 * (time.monotonic() - began))
+                began, used = time.monotonic(), _children_s()
+                paths.append(_add())
+                elapsed.append(1000 * (time.monotonic() - began))
+                commands.append(1000 * (_children_s() - used))
             ids = [int(path.removeprefix("/dev/ublkb")) for path in paths]
             taken = free - watch.meminfo("MemAvailable")["MemAvailable"]
+            servers = [sum(map(processes.total_cpu_ns, watch.family(dev_id))) / 1e6 for dev_id in ids[before:]]
             found.append(
-                {"devices": count, "start_ms": round(median(times), 1), "slowest_start_ms": round(max(times), 1)}
-                | {"machine_kib": round(taken / count)}
+                {"devices": count, "start_ms": median(elapsed), "slowest_start_ms": max(elapsed)}
+                | {"start_cpu_ms": median(commands) + median(servers), "machine_kib": taken / count}
                 | watch.footprint(ids)
             )
     return found
 
 
+def _add() -> str:
+    """The path of one more device."""
+    return run(ublkd(), "add", "null", "--size", f"{SIZE_MIB}M", "--depth", str(DEPTH), "--no-partscan").strip()
+
+
+def _children_s() -> float:
+    """CPU time of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _remove(paths: list[str]) -> None:
     if paths:
-        run(ublkd(), "del", "--force", *paths, timeout=3600)
+        run(ublkd(), "del", "--force", *paths, timeout=_REMOVE_S)

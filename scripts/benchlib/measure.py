@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -43,10 +44,11 @@ def measure(
     milliseconds: int,
     span: int,
     instructions: bool,
+    late: Callable[[], bool],
 ) -> dict[str, Any]:
     """All samples and what is to know about them, as it goes to the JSON file. names empty: all subjects.
 
-    instructions: the clock counts those.
+    instructions: the clock counts those. late: whether to begin no more rounds.
     """
     need_root()
     with clock_kept(instructions):
@@ -70,7 +72,9 @@ def measure(
             run("udevadm", "settle")
         for device in devices.values():
             without_scheduler(device)
-        result["samples"] = _rounds(subjects, devices, lab, cells, repeats, milliseconds, names, skipped)
+        samples = _rounds(subjects, devices, lab, cells, repeats, milliseconds, names, skipped, late)
+        result["samples"] = samples
+        result["rounds"] = min(len(taken) for by_cell in samples.values() for taken in by_cell.values())
         result["subjects"] = {name: {"title": s.title, "against": s.against} for name, s in subjects.items()}
         for name, subject in subjects.items():
             if isinstance(subject, Ublkd):
@@ -145,6 +149,7 @@ def _rounds(
     milliseconds: int,
     named: list[str],
     skipped: dict[str, str],
+    late: Callable[[], bool],
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """samples[subject][cell]: one per repeat. Subjects take turns, and each round begins with another one.
 
@@ -156,6 +161,9 @@ def _rounds(
     names = list(subjects)
     progress = Progress("turn", repeats * len(names))
     for number in range(repeats):
+        if number and late():
+            say(f"no time for more than {number} of {repeats} rounds")
+            break
         first = number * len(names) // repeats
         for name in names[first:] + names[:first]:
             progress.next(f"{name}, round {number + 1}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 # The keys of a result that belong to a part of the measurement, and which of its memory entries.
 _PARTS = {
-    "speed": (("cpus", "cells", "subjects", "skipped", "samples"), "after the run"),
+    "speed": (("cpus", "cells", "subjects", "skipped", "samples", "rounds"), "after the run"),
     "queues": (("queues",), "fresh"),
     "devices": (("devices",), ""),
 }
@@ -154,10 +154,12 @@ def _scaled(rate: float, one: float, clock: str) -> str:
 
 def devices_table(result: dict[str, Any]) -> str:
     """Start and memory as devices become more."""
-    heads = ["devices", "start, ms", "slowest, ms", "supervisor, KiB", "worker, KiB", "machine, KiB", "counters, KiB"]
+    heads = ["devices", "start, ms", "slowest, ms", "CPU of it, ms"]
+    heads += ["supervisor, KiB", "worker, KiB", "machine, KiB", "counters, KiB"]
     fields = (
         "start_ms",
         "slowest_start_ms",
+        "start_cpu_ms",
         "supervisor_pss_kib",
         "workers_pss_kib",
         "machine_kib",
@@ -207,7 +209,10 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
 
 def _runs(result: dict[str, Any]) -> list[str]:
     """One line per command that measured something."""
-    runs = list({run["command"]: run for run in result["runs"].values()}.values())
+    runs: list[dict[str, Any]] = []
+    for run in result["runs"].values():
+        if run not in runs:
+            runs.append(run)
     return [
         f"* `{run['command']}`, {run['date']}, commit {run['commit']}"
         f" ({', '.join(part for part in _PARTS if result['runs'].get(part) == run)}):"
@@ -233,8 +238,9 @@ _TEXTS = {
     "devices": (
         "More devices",
         "null devices of one queue, started one after the other: the median time of those that were added to come to "
-        "that number, from the call of `ublkd add` to its end; PSS per supervisor and per worker, what the machine's "
-        "available memory fell by, per device, and the counters in shared memory, on average.",
+        "that number, from the call of `ublkd add` to its end, and the CPU time of all processes of that; on average, "
+        "PSS per supervisor and per worker, what the machine's available memory fell by per device, and the counters "
+        "in shared memory.",
     ),
     "memory": (
         "Memory",

@@ -137,16 +137,20 @@ def meminfo(*names: str) -> dict[str, int]:
     return found
 
 
+def family(dev_id: int) -> dict[int, str]:
+    """The pids of a device's processes, and which of the two each is: supervisor or worker."""
+    record = inventory.read_record(dev_id)
+    assert record is not None
+    return {record["supervisor"]["pid"]: "supervisor"} | {w["pid"]: "worker" for w in record["workers"]}
+
+
 def footprint(ids: list[int]) -> dict[str, float]:
     """What a device costs, on average."""
     pss = {"supervisor": 0, "worker": 0}
     files = {"supervisor": 0, "worker": 0}
     processes = 0
     for dev_id in ids:
-        record = inventory.read_record(dev_id)
-        assert record is not None
-        family = {record["supervisor"]["pid"]: "supervisor"} | {w["pid"]: "worker" for w in record["workers"]}
-        for pid, what in family.items():
+        for pid, what in family(dev_id).items():
             processes += 1
             pss[what] += pss_kib(pid)
             files[what] += open_files(pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,9 @@ class TestProcesses:
         before = "/proc/10/task/10/schedstat:1000 50 3\n/proc/10/task/12/schedstat:700 0 1\n"
         assert processes.cpu_ns(before, "/proc/10/task/10/schedstat:1500 50 4\n") == 500
 
+    def test_all_cpu_time_of_a_process(self) -> None:
+        assert processes.total_cpu_ns(os.getpid()) > 0
+
     def test_smaps_rollup(self) -> None:
         text = (
             "55a0-7ffd ---p 00000000 00:00 0    [rollup]\n"
@@ -178,6 +182,7 @@ def result_of(**subjects: list[float]) -> dict[str, Any]:
                 "devices": 1,
                 "start_ms": 500.0,
                 "slowest_start_ms": 600.0,
+                "start_cpu_ms": 450.0,
                 "supervisor_pss_kib": 9000.0,
                 "workers_pss_kib": 8000.0,
                 "machine_kib": 20000,
@@ -438,6 +443,19 @@ class TestCommandLine:
             cli.main(arguments)
         err = capsys.readouterr().err
         assert ended.value.code == 2 and err.count("\n") == 1 and message in err
+
+    def test_render_needs_what_was_measured(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("matplotlib")
+        assert cli.main(["--render", "--out", str(tmp_path / "x")]) == 1
+        assert "there must be a NAME.json" in capsys.readouterr().err
+        (tmp_path / "x.json").write_text(json.dumps(result_of(null=[1.0], null_blk=[2.0])))
+        assert cli.main(["--render", "--out", str(tmp_path / "x")]) == 0
+        assert "0.50" in (tmp_path / "x.md").read_text()
+
+    def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["--list"]) == 0
+        listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+        assert {*SUBJECTS, *cli.PARTS, *(cell.key for cell in fio.CELLS)} <= listed
 
     def test_bad_out(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--out", str(tmp_path)]) == 1
