@@ -103,14 +103,16 @@ def _latency(result: dict[str, Any]) -> Any:
         for field, label, marker in (("p50_us", "p50", "o"), ("p99_us", "p99", "|"), ("p999_us", "p99.9", "x")):
             spreads = [report.spread(result, name, cell["key"], field) for name in names]
             points = [(spread.median, y) for y, spread in enumerate(spreads) if spread]
-            axes.plot(*zip(*points, strict=True), marker, label=label) if points else None
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, label=label)
         axes.set_xscale("log")
         axes.set_title(cell["title"], fontsize=10)
         axes.set_xlabel("latency, us")
         axes.grid(alpha=0.4, which="both")
     panels[0][0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0][0].invert_yaxis()
-    panels[0][0].legend(fontsize=8)
+    if panels[0][0].get_legend_handles_labels()[0]:
+        panels[0][0].legend(fontsize=8)
     return figure
 
 

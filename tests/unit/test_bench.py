@@ -400,6 +400,42 @@ class TestProgress:
         assert clock.stamp("bench: queues 1 of 9: null") == "bench: queues 1 of 9: null"
 
 
+class TestFailingPeer:
+    def test_is_left_out_with_the_reason(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        done: list[str] = []
+
+        def take(device: str, *_: object) -> dict[str, Any]:
+            done.append(device)
+            if device == "brd" and len(done) > 2:
+                raise system.BenchError("fio failed: EIO")
+            return {"read-4k-1": {"iops": 1.0}}
+
+        monkeypatch.setattr(measure.fio, "measure", take)
+        monkeypatch.setattr(measure, "drop_caches", lambda: None)
+        chosen: dict[str, Subject] = {name: SUBJECTS[name]() for name in ("null_blk", "brd")}
+        devices = {name: name for name in chosen}
+        skipped: dict[str, str] = {}
+        lab = system.Lab(1 << 20)
+        lab.directory = tmp_path
+        rounds = (chosen, devices, lab, fio.CELLS[:1], 3, 10)
+        samples = measure._rounds(*rounds, [], skipped, lambda: False)
+        assert list(samples) == list(chosen) == ["null_blk"] and len(samples["null_blk"]["read-4k-1"]) == 3
+        assert skipped == {"brd": "it failed in round 2: fio failed: EIO"}
+
+    def test_one_that_was_named_ends_it(self) -> None:
+        with pytest.raises(system.BenchError, match="brd: gone"):
+            measure._drop(SUBJECTS["brd"](), system.BenchError("gone"), named=True)
+
+    def test_no_round_is_begun_too_late(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(measure.fio, "measure", lambda *_: {"read-4k-1": {"iops": 1.0}})
+        monkeypatch.setattr(measure, "drop_caches", lambda: None)
+        lab = system.Lab(1 << 20)
+        lab.directory = tmp_path
+        chosen: dict[str, Subject] = {"brd": SUBJECTS["brd"]()}
+        rounds = (chosen, {"brd": "brd"}, lab, fio.CELLS[:1], 3, 10)
+        assert len(measure._rounds(*rounds, [], {}, lambda: True)["brd"]["read-4k-1"]) == 1
+
+
 class TestLab:
     def test_undoes_everything_last_first(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(system.tempfile, "mkdtemp", lambda **_: str(tmp_path / "lab"))
@@ -451,6 +487,21 @@ class TestCommandLine:
         (tmp_path / "x.json").write_text(json.dumps(result_of(null=[1.0], null_blk=[2.0])))
         assert cli.main(["--render", "--out", str(tmp_path / "x")]) == 0
         assert "0.50" in (tmp_path / "x.md").read_text()
+
+    def test_no_rounds_after_the_minutes(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        now = [0.0]
+        monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+        late = cli._late(cli.parser().parse_args(["--minutes", "2"]))
+        always = cli._late(cli.parser().parse_args([]))
+        now[0] = 119.0
+        assert not late()
+        now[0] = 121.0
+        assert late() and not always()
+        monkeypatch.setenv("UBLKD_VM_SHARE", str(tmp_path))
+        inside = cli._late(cli.parser().parse_args(["--inside", "--minutes", "2"]))
+        assert not inside()
+        (tmp_path / "late").touch()
+        assert inside()
 
     def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--list"]) == 0
