@@ -10,7 +10,7 @@ from typing import Any
 from . import report
 from .system import BenchError
 
-_RATIOS = (0.25, 4.0)  # where colours end
+_RATIOS = (1 / 7, 7.0)  # where colours end: not so dark that numbers can't be read
 
 
 def check() -> None:

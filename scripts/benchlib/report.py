@@ -102,7 +102,11 @@ def iops_table(result: dict[str, Any]) -> str:
 
     def show(name: str, cell: str) -> str:
         iops = spread(result, name, cell, "iops")
-        return f"{iops.median:.0f} ±{50 * (iops.high - iops.low) / iops.median:.1f} %" if iops else "-"
+        if not iops:
+            return "-"
+        # one round has no spread
+        around = f" ±{50 * (iops.high - iops.low) / iops.median:.1f} %" if iops.high > iops.low else ""
+        return f"{iops.median:.0f}{around}"
 
     return figures_table(result, "IOPS", show)
 

@@ -142,9 +142,8 @@ def drop_caches() -> None:
 def clock_kept(instructions: bool) -> Iterator[None]:
     """Where the clock counts instructions, an idle CPU lets hours pass at once (while the host reads a file,
     say), and with them everybody's time limits: keep it busy with what yields to all else. Not for measuring.
-    Of several CPUs that take turns it would have every other turn, and all would last twice as long: not there.
     """
-    if not instructions or os.cpu_count() != 1:
+    if not instructions:
         yield
         return
     with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as idler:
