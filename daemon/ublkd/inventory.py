@@ -422,14 +422,15 @@ def _end_orphans(dev_id: int, pids: list[int]) -> None:
 
 def _leftovers(dev_id: int) -> list[str]:
     """Files of a device that is gone: those its record names, and shared memory that is named after it."""
-    named: list[str] = []
+    named: object = None
     try:
-        named = (read_record(dev_id) or {}).get("files") or []
+        named = (read_record(dev_id) or {}).get("files")
     except RecordError:
         pass
+    listed = named if isinstance(named, list) else []
     ours = (SHM_DIR, runtime_dir())
     return [
-        *(path for path in named if isinstance(path, str) and os.path.dirname(path) in ours),
+        *(path for path in listed if isinstance(path, str) and os.path.dirname(path) in ours),
         f"{runtime_dir()}/{dev_id}.log",
         f"{runtime_dir()}/{dev_id}.sock",
         f"{SHM_DIR}/ublkd-{dev_id}",

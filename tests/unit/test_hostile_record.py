@@ -122,6 +122,7 @@ def test_any_json(bystander: Path, value: Any) -> None:
 @example({"workers": [{"pid": 1 << 70}, {"pid": -1}, 7]})
 @example({"settings": {"target": "loop", "file": "a\0b"}})
 @example({"files": ["a\0b", 7, "../../etc/passwd"]})
+@example({"files": True})
 @example({"details": [1, 2]})
 @example({"target": "nonsense"})
 def test_a_record_with_wrong_parts(bystander: Path, changes: dict[str, Any]) -> None:
