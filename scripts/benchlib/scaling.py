@@ -15,7 +15,7 @@ from typing import Any
 
 from . import fio
 from .subjects import SUBJECTS, Subject, Ublkd
-from .system import BenchError, Lab, Progress, block, clock_kept, run, without_scheduler
+from .system import BenchError, Lab, Progress, block, clock_kept, run, say, without_scheduler
 
 COUNTS = (1, 2, 4)
 NAMES = ("null-no-zero", "null_blk", "kublk-null-zc", "memory", "loop", "kernel-loop")
@@ -46,6 +46,7 @@ def measure(
                 for count in counts:
                     subject = SUBJECTS[name]()
                     subject.queues = count
+                    say(f"setting up {name}, {count} queue{'s' * (count > 1)}")
                     device = subject.setup(lab)
                     if subject.stores:
                         lab.fill(device)
