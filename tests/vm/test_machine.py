@@ -32,7 +32,7 @@ def vm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
-    """Start scripts/vm with a command that prints a line first, and return once that is seen."""
+    """Start scripts/vm with a command that prints a line first, and return once that has arrived."""
     process = subprocess.Popen(
         [VM, *arguments],
         stdin=subprocess.DEVNULL,
@@ -140,12 +140,17 @@ def test_output_is_complete_and_unchanged() -> None:
     assert done.stdout == bytes(range(256)) * 20000
 
 
-def test_panic_is_told_apart() -> None:
-    done = vm("6.12", "--", "sh", "-c", "echo before; echo c >/proc/sysrq-trigger; sleep 60")
-    assert done.returncode == PANIC
-    assert done.stdout == "before\n"
-    assert "vm: the guest kernel panicked" in done.stderr
-    assert "sysrq triggered crash" in done.stderr
+def test_panic_is_told_apart(tmp_path: Path) -> None:
+    # What is still in the guest's pipe goes down with it, so the panic waits until the line is here.
+    wait = "until ls $UBLKD_VM_SHARE | grep -q go; do sleep 0.1; done"
+    script = f"echo before; {wait}; echo c >/proc/sysrq-trigger; sleep 60"
+    process = started("6.12", "--share", str(tmp_path), "--", "sh", "-c", script)
+    with ended(process):
+        (tmp_path / "go").touch()
+        _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == PANIC
+    assert "vm: the guest kernel panicked" in error
+    assert "sysrq triggered crash" in error
 
 
 def test_hang_is_told_apart_and_shows_what_ran() -> None:
