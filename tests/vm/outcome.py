@@ -14,7 +14,7 @@ CANNOT_START = 125
 EXIT_STATUS_HELP = f"""\
 exit status:
   the command's own status, or one of these, each with a line on stderr that begins with "vm:"
-  {PANIC}  the guest kernel panicked or oopsed
+  {PANIC}  the guest kernel panicked or oopsed; what it printed last may be lost
   {HANG}  the command was still running after --timeout seconds
   {LOST}  the VM ended, or was killed, without a status from the command
   {DIRTY}  the command succeeded, but the guest's kernel log has a WARNING, BUG, lockdep report or the like
