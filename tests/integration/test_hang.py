@@ -47,7 +47,7 @@ def test_python_code_that_does_not_return(policy: str, serve: Callable[..., Devi
         [hang] = wait_until(lambda: device.said("worker hangs"), "the hang is seen")
         assert (hang["queue"], hang["pid"], hang["where"]) == (0, worker, "Python code")
         gate.touch()
-        assert reader.wait(timeout=30) == 0
+        assert reader.wait(timeout=60) == 0
     if policy == "log":
         assert device.workers() == [worker]
         wait_until(lambda: device.said("worker came round again"), "its end is seen")
@@ -99,7 +99,7 @@ def test_a_backing_that_does_not_answer(direct: str, serve: Callable[..., Device
             assert device.workers() == workers and writer.poll() is None
             sh("fsfreeze", "--unfreeze", mount)
             frozen = False
-            assert writer.wait(timeout=30) == 0
+            assert writer.wait(timeout=60) == 0
         wait_until(lambda: device.said("the backing answers again"), "its end is seen")
     finally:
         if frozen:

@@ -120,7 +120,7 @@ def test_a_device_survives_its_supervisor(
     assert reader.poll() is None
     assert supervisor.recover(device.id) == device.path
     device.supervisor = device.record["supervisor"]["pid"]
-    assert reader.communicate(timeout=30)[0] == contents
+    assert reader.communicate(timeout=60)[0] == contents
     assert device.state == "live" and len(device.workers()) == 4
     pwrite(device.path, b"again", 0)
     forget(device.path)
@@ -175,9 +175,9 @@ def test_what_a_dead_worker_held(policy: str, transport: str, serve: Callable[..
     if policy == "requeue":
         assert reader.poll() is None
         gate.touch()
-        assert reader.communicate(timeout=30)[0] == b"precious" * 512
+        assert reader.communicate(timeout=60)[0] == b"precious" * 512
     else:
-        assert b"Input/output error" in reader.communicate(timeout=30)[1]
+        assert b"Input/output error" in reader.communicate(timeout=60)[1]
         gate.touch()
     assert device.state == "live" and device.record["recoveries"] == 1
     assert pread(device.path, 8, MIB) == b"precious"

@@ -235,7 +235,7 @@ def test_hangup_reads_the_configuration_again(serve: Callable[..., Device], tmp_
         forget(device.path)
         assert pread(device.path, 4, MIB) == b"kept"
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=30) == 0
+        assert first.wait(timeout=60) == 0
         assert not os.path.exists(device.path) and not os.path.exists("/run/ublkd/11.json")
     finally:
         first.kill()
@@ -288,7 +288,7 @@ def test_requests_in_flight_are_waited_for(serve: Callable[..., Device], tmp_pat
         assert reader.poll() is None
         gate.touch()
         assert "error" not in json.loads(s.recv(65536))
-    assert reader.communicate(timeout=30)[0] == b"precious" * 512
+    assert reader.communicate(timeout=60)[0] == b"precious" * 512
     device.supervisor = device.record["supervisor"]["pid"]
     assert not device.said("worker killed")
 
@@ -307,5 +307,5 @@ def test_too_busy_without_quiesce(serve: Callable[..., Device], tmp_path: Path) 
         assert done.status == 1 and "no queue was without a request for 8 seconds" in done.err
         assert device.record["supervisor"]["pid"] == device.supervisor and reader.poll() is None
     gate.touch()
-    assert reader.communicate(timeout=30)[0] == b"precious" * 512
+    assert reader.communicate(timeout=60)[0] == b"precious" * 512
     upgrade(device, "--start-timeout", "120")

@@ -64,7 +64,7 @@ class Device:
         """Pids, by queue."""
         return [worker["pid"] for worker in sorted(self.record["workers"], key=lambda worker: worker["queue"])]
 
-    def await_replacement(self, old: list[int], victim: int, timeout: float = 30) -> None:
+    def await_replacement(self, old: list[int], victim: int, timeout: float = 60) -> None:
         """The dead worker of these has a successor: it alone where queues have servers of their own, else all."""
         replaced = {victim} if self.record["flags"] & uapi.F_SHARDS else set(old)
         wait_until(lambda: not replaced & set(self.workers()), "the workers are replaced", timeout)

@@ -14,7 +14,7 @@ from ublkd.control.commands import Control
 from ublkd.errors import DriverError
 from vm import dmesg
 
-SETTLE_S = 3.0
+SETTLE_S = 30.0
 
 
 class KernelLog:

@@ -38,7 +38,7 @@ def has(feature: str) -> bool:
         return ctl.get_features().has(feature)
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
     """The first true value of condition; an assertion fails if there is none in time."""
     deadline = time.monotonic() + timeout
     while True:
