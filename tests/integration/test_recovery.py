@@ -129,6 +129,29 @@ def test_a_device_survives_its_supervisor(
     assert done.status == 1 and f"device {device.id} is served by process {device.supervisor}" in done.err
 
 
+def test_a_request_in_flight_holds_no_takeover_up(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """The disk's scheduler can't be changed until it has ended, and that may take another worker."""
+    gate = tmp_path / "gate"
+    device = serve("python", f"{HERE}/lib/targets.py:Held", size=SIZE, queues=1, params={"gate": str(gate)})
+    pwrite(device.path, b"precious" * 512, MIB)
+    forget(device.path)
+    scheduler = Path(f"/sys/block/{device.name}/queue/scheduler")
+    scheduler.write_text("mq-deadline")
+    reader = direct_reader(device.path, MIB)
+    wait_until(device.under_way, "the read is held")
+    device.kill_supervisor()
+    assert supervisor.recover(device.id) == device.path
+    device.supervisor = device.record["supervisor"]["pid"]
+    [event] = device.said("the disk keeps its scheduler")
+    assert "it comes when they have ended" in event["reason"]
+    [worker] = device.workers()
+    os.kill(worker, signal.SIGKILL)
+    device.await_replacement([worker], worker)
+    gate.touch()
+    assert reader.communicate(timeout=60)[0] == b"precious" * 512
+    wait_until(lambda: "[none]" in scheduler.read_text(), "the scheduler is changed")
+
+
 def test_cleanup(serve: Callable[..., Device]) -> None:
     """What nobody serves goes, what somebody serves stays."""
     dead, alive = serve("memory", size=SIZE, queues=1), serve("memory", size=SIZE, queues=1)

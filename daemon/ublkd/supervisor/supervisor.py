@@ -21,7 +21,7 @@ from ublkd.control.commands import AddRequest, Control
 from ublkd.control.device import path_of
 from ublkd.errors import DriverError, UblkdError, errno_of
 from ublkd.shm.segment import Segment
-from ublkd.supervisor import create
+from ublkd.supervisor import create, disk
 from ublkd.supervisor.crew import Crew
 from ublkd.supervisor.device import Device
 from ublkd.supervisor.endpoint import Endpoint
@@ -243,15 +243,10 @@ class Supervisor:
 
     def _set_scheduler(self) -> None:
         """An elevator sends single requests through kblockd; `none` is the largest single gain there is."""
-        if self.device.spec.scheduler != "none":
-            return
-        try:
-            with open(f"/sys/block/ublkb{self.dev_id}/queue/scheduler", "r+") as f:
-                # A disk that was taken over mostly has it already, and a change stops the queues for a moment.
-                if "[none]" not in f.read():
-                    f.write("none")
-        except OSError as e:
-            self.device.log.warning("the disk keeps its scheduler", reason=e.strerror)
+        if self.device.spec.scheduler == "none":
+            wrong = disk.set_scheduler(self.dev_id, "none")
+            if wrong:
+                self.device.log.warning("the disk keeps its scheduler", reason=wrong)
 
     def _write_record(self) -> None:
         self.device.write_record(self._crew.workers, self.origin)
