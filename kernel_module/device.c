@@ -314,6 +314,21 @@ static void ublk_begin_scan(struct ublk_device *ub, struct gendisk *disk)
 		ublk_put(ub);
 }
 
+/*
+ * Zones were asked for, and the disk is not added after all: 6.1 would free its
+ * queue while the timer and the works of those requests are still to run.
+ */
+static void ublk_sync_unadded(struct request_queue *queue)
+{
+	struct blk_mq_hw_ctx *hctx;
+	unsigned long i;
+
+	blk_sync_queue(queue);
+	cancel_delayed_work_sync(&queue->requeue_work);
+	queue_for_each_hw_ctx(queue, hctx, i)
+		cancel_delayed_work_sync(&hctx->run_work);
+}
+
 static int ublk_start_locked(struct ublk_device *ub, int pid)
 {
 	struct gendisk *disk;
@@ -363,6 +378,7 @@ static int ublk_start_locked(struct ublk_device *ub, int pid)
 	ub->info.state = UBLK_S_DEV_DEAD;
 	ublk_set_up(ub, false);
 	spin_unlock(&ub->lock);
+	ublk_sync_unadded(disk->queue);
 put:
 	put_disk(disk);
 	ublk_put(ub);
