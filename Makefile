@@ -23,11 +23,12 @@ demo: ## a file becomes a disk, is used as one, and goes away
 	@scripts/setup build
 	@scripts/demo
 
-test: ## unit, engine, test machines, faults, and integration on real kernels
+test: ## unit, engine, test machines, our driver, faults, and integration on real kernels
 	@scripts/setup
 	@$(MAKE) --no-print-directory test-unit
 	@$(MAKE) --no-print-directory test-engine
 	@$(MAKE) --no-print-directory test-harness
+	@$(MAKE) --no-print-directory test-driver
 	@scripts/faults storm orderings powercut many
 	@$(MAKE) --no-print-directory test-vm
 
