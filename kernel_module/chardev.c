@@ -17,6 +17,7 @@ static int ublk_file_open(struct inode *inode, struct file *filp)
 	if (!file)
 		return -ENOMEM;
 	file->ub = ub;
+	file->filp = filp;
 	spin_lock(&ub->lock);
 	/* one server, one file, unless the device is one of shards */
 	if (ub->files && !ublk_has(ub, UBLK_F_SHARDS))

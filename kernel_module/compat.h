@@ -72,6 +72,16 @@ static inline void ublk_uring_done(struct io_uring_cmd *cmd, int res, unsigned i
 #endif
 }
 
+/* What user space gave beside the payload, with UBLK_F_AUTO_BUF_REG: of 6.15 and later. */
+static inline u64 ublk_uring_addr(struct io_uring_cmd *cmd)
+{
+#ifdef UBLK_HAVE_URING_BVEC
+	return READ_ONCE(cmd->sqe->addr);
+#else
+	return 0;
+#endif
+}
+
 /* 6.19 changed what a callback in the submitter's task is given. */
 #ifdef UBLK_HAVE_URING_TW_REQ
 #define UBLK_TASK_CALLBACK(name)						\

@@ -56,6 +56,14 @@ C
 #include <linux/io_uring/cmd.h>
 void f(struct io_uring_cmd *c) { io_uring_cmd_done(c, 0, 0u); }
 C
+	check URING_BVEC "$@" <<'C'
+#include <linux/io_uring/cmd.h>
+static void r(void *p) { }
+int f(struct io_uring_cmd *c, struct request *q)
+{
+	return io_uring_cmd_ctx_handle(c) ? io_buffer_register_bvec(c, q, r, 0u, 0u) : io_buffer_unregister_bvec(c, 0u, 0u);
+}
+C
 	check IMPORT_UBUF "$@" <<'C'
 #include <linux/uio.h>
 int f(void __user *p, struct iov_iter *i) { return import_ubuf(ITER_DEST, p, 1, i); }

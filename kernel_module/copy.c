@@ -65,7 +65,7 @@ size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes)
 }
 
 /* Take hold of the request that the server has on a tag. Give back by ublk_req_put(). */
-static struct request *ublk_req_get(struct ublk_queue *q, unsigned int tag)
+struct request *ublk_req_get(struct ublk_queue *q, unsigned int tag)
 {
 	struct ublk_io *io = &q->ios[tag];
 	struct request *req = NULL;

@@ -107,6 +107,7 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 {
 	const u64 recovery = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |
 			     UBLK_F_USER_RECOVERY_FAIL_IO;
+	const u64 moves_data = UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG;
 
 	switch (info->flags & recovery) {
 	case 0:
@@ -125,15 +126,16 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 		info->flags &= ~(UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_SHARDS);
 		/* nor be able to pin any amount of memory */
 		info->flags &= ~UBLK_F_SHMEM_ZC;
-		if (info->flags & UBLK_F_USER_COPY)
+		/* nor be shown what was in memory that the server was to fill, and didn't */
+		if (info->flags & UBLK_FEATURES & moves_data)
 			return -EINVAL;
 	}
 	info->flags &= UBLK_FEATURES;
 	info->flags |= UBLK_FEATURES_ALWAYS;
 	/* where an append's data went is told in the place of a buffer's address */
-	if ((info->flags & UBLK_F_ZONED) && !(info->flags & UBLK_F_USER_COPY))
+	if ((info->flags & UBLK_F_ZONED) && !(info->flags & (UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)))
 		return -EINVAL;
-	if (info->flags & UBLK_F_USER_COPY)
+	if (info->flags & moves_data)
 		info->flags &= ~UBLK_F_NEED_GET_DATA;
 	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues, nr_cpu_ids);
 	info->max_io_buf_bytes = round_down(info->max_io_buf_bytes, PAGE_SIZE);

@@ -11,8 +11,9 @@
  * I/O command pins that file. So when a file is released no command of it is
  * left, neither is a mapping nor a system call, and, because a ring lets go of
  * its registered files last, no I/O of a dead server's ring: only then are its
- * requests given to somebody else. That moment, in server.c, is the only one
- * at which a queue changes hands.
+ * requests given to somebody else. A request's pages in the buffer table of a
+ * ring pin it, too. That moment, in server.c, is the only one at which a queue
+ * changes hands.
  *
  * Locks, outermost first:
  *   ub->mutex   one control command at a time changes the device. Held across
@@ -63,6 +64,12 @@
 #define UBLK_FEATURES_ZONED	0
 #endif
 
+#ifdef UBLK_HAVE_URING_BVEC
+#define UBLK_FEATURES_ZEROCOPY	(UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG | UBLK_F_BUF_REG_OFF_DAEMON)
+#else
+#define UBLK_FEATURES_ZEROCOPY	0
+#endif
+
 /* What is built for this kernel. ADD_DEV drops what is not in here. */
 #define UBLK_FEATURES (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_NEED_GET_DATA |	\
 		       UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |	\
@@ -72,11 +79,12 @@
 		       UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
 		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS |		\
 		       UBLK_F_SHMEM_ZC |					\
-		       UBLK_FEATURES_ZONED)
+		       UBLK_FEATURES_ZONED | UBLK_FEATURES_ZEROCOPY)
 
 /* Not asked for but told: ways in which this driver behaves with any server. */
 #define UBLK_FEATURES_ALWAYS (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_CMD_IOCTL_ENCODE |	\
-			      UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV)
+			      UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
+			      (UBLK_FEATURES & UBLK_F_BUF_REG_OFF_DAEMON))
 
 #define UBLK_PARAM_TYPES (UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DISCARD |	\
 			  UBLK_PARAM_TYPE_DEVT | UBLK_PARAM_TYPE_ZONED |	\
@@ -91,12 +99,27 @@ enum ublk_io_state {
 	UBLK_IO_BUSY,		/* a command of the server's is at work on ->req */
 };
 
+/* Where the server wants the data of a tag's next request. */
+struct ublk_place {
+	u64 addr;	/* in its memory */
+	u16 index;	/* UBLK_F_AUTO_BUF_REG: in the buffer table of its ring */
+	bool fallback;	/* if that can't be, it registers the buffer by itself */
+};
+
+/* What the server says of a request, and the tag's next place. */
+struct ublk_answer {
+	int res;
+	u64 sector;	/* of an append */
+	struct ublk_place next;
+};
+
 struct ublk_io {
 	spinlock_t lock;
 	enum ublk_io_state state;
 	struct io_uring_cmd *cmd;
 	struct request *req;
-	u64 addr;
+	struct ublk_place place;
+	void *ring;			/* whose table ->req is in at ->place.index, or NULL */
 	struct task_struct *task;	/* that fetched the tag; until the queue has no owner */
 };
 
@@ -133,6 +156,7 @@ static inline struct ublk_cmd_data *ublk_cmd_data(struct io_uring_cmd *cmd)
 /* An open file of /dev/ublkcN. */
 struct ublk_file {
 	struct ublk_device *ub;
+	struct file *filp;
 };
 
 struct ublk_device {
@@ -202,7 +226,13 @@ static inline bool ublk_req_has_data(const struct request *req)
 	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_WRITE;
 }
 
-/* With UBLK_F_USER_COPY there are two more whose data the server moves. */
+/* No copy by the driver. */
+static inline bool ublk_server_moves_data(const struct ublk_device *ub)
+{
+	return ublk_has(ub, UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG);
+}
+
+/* Then there are two more whose data the server moves. */
 static inline bool ublk_req_fills(const struct request *req)
 {
 	return req_op(req) == REQ_OP_READ || req_op(req) == REQ_OP_DRV_IN;
@@ -273,6 +303,7 @@ void ublk_give_back(struct io_uring_cmd *cmd);
 size_t ublk_copy_request(struct request *req, size_t offset, struct iov_iter *iter, int dir);
 size_t ublk_copy_to_server(struct request *req, u64 addr);
 size_t ublk_copy_from_server(struct request *req, u64 addr, size_t bytes);
+struct request *ublk_req_get(struct ublk_queue *q, unsigned int tag);
 ssize_t ublk_file_read(struct kiocb *iocb, struct iov_iter *iter);
 ssize_t ublk_file_write(struct kiocb *iocb, struct iov_iter *iter);
 
@@ -296,6 +327,43 @@ int ublk_shmem_unregister(struct ublk_device *ub, u64 index);
 void ublk_shmem_free(struct ublk_device *ub);
 bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr);
 void ublk_shmem_put(struct ublk_device *ub, struct request *req);
+
+/* zerocopy.c */
+#ifdef UBLK_HAVE_URING_BVEC
+bool ublk_place_by_index(struct ublk_device *ub, u64 addr, struct ublk_place *place);
+int ublk_buffer_register(struct ublk_queue *q, unsigned int tag, u64 index, struct io_uring_cmd *cmd,
+			 unsigned int issue_flags);
+int ublk_buffer_unregister(struct ublk_device *ub, u64 index, struct io_uring_cmd *cmd, unsigned int issue_flags);
+bool ublk_auto_register(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, unsigned int issue_flags);
+void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd, unsigned int issue_flags);
+#else
+static inline bool ublk_place_by_index(struct ublk_device *ub, u64 addr, struct ublk_place *place)
+{
+	return true;
+}
+
+static inline int ublk_buffer_register(struct ublk_queue *q, unsigned int tag, u64 index, struct io_uring_cmd *cmd,
+				       unsigned int issue_flags)
+{
+	return -EINVAL;
+}
+
+static inline int ublk_buffer_unregister(struct ublk_device *ub, u64 index, struct io_uring_cmd *cmd,
+					 unsigned int issue_flags)
+{
+	return -EINVAL;
+}
+
+static inline bool ublk_auto_register(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd,
+				      unsigned int issue_flags)
+{
+	return true;
+}
+
+static inline void ublk_auto_unregister(struct ublk_io *io, struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+}
+#endif
 
 /* zoned.c */
 #ifdef UBLK_HAVE_ZONED

@@ -35,12 +35,10 @@ static noinline void ublk_undeliverable(struct io_uring_cmd *cmd, unsigned int i
 	ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 }
 
-/* The server's buffer can't be written: the request fails, the tag waits for the next. */
-static noinline void ublk_bad_buffer(struct io_uring_cmd *cmd, unsigned int issue_flags)
+/* The server can't be given a request: it fails, the BUSY tag waits for the next, unless it is given back. */
+static bool ublk_refuse(struct ublk_queue *q, unsigned int tag)
 {
-	struct ublk_cmd_data *data = ublk_cmd_data(cmd);
-	struct ublk_queue *q = data->q;
-	struct ublk_io *io = &q->ios[data->tag];
+	struct ublk_io *io = &q->ios[tag];
 	struct request *req;
 	bool closing;
 
@@ -53,8 +51,7 @@ static noinline void ublk_bad_buffer(struct io_uring_cmd *cmd, unsigned int issu
 		io->cmd = NULL;
 	spin_unlock(&io->lock);
 	blk_mq_end_request(req, BLK_STS_IOERR);
-	if (closing)
-		ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
+	return !closing;
 }
 
 /* Copy a write's data to the server. False if nothing could be. */
@@ -71,6 +68,28 @@ static bool ublk_bring_data(struct ublk_queue *q, unsigned int tag, struct reque
 	return done;
 }
 
+/*
+ * Have the data of a request, or the room for it, where the server expects it.
+ * False if that can't be. In the task of the command, which goes to the server
+ * with the request; nobody else touches the tag.
+ */
+static bool ublk_provide(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	struct ublk_io *io = &q->ios[tag];
+	struct ublk_device *ub = q->ub;
+
+	q->descs[tag].addr = io->place.addr;
+	if (unlikely(ublk_has(ub, UBLK_F_SHMEM_ZC)) && ublk_shmem_match(ub, io->req, &q->descs[tag].addr)) {
+		q->descs[tag].op_flags |= UBLK_IO_F_SHMEM_ZC;
+		return true;
+	}
+	if (ublk_has(ub, UBLK_F_AUTO_BUF_REG))
+		return ublk_auto_register(q, tag, cmd, issue_flags);
+	if (ublk_server_moves_data(ub) || req_op(io->req) != REQ_OP_WRITE || ublk_has(ub, UBLK_F_NEED_GET_DATA))
+		return true;
+	return ublk_bring_data(q, tag, io->req, io->place.addr);
+}
+
 UBLK_TASK_CALLBACK(ublk_deliver)
 {
 	struct ublk_cmd_data *data = ublk_cmd_data(cmd);
@@ -84,18 +103,15 @@ UBLK_TASK_CALLBACK(ublk_deliver)
 		ublk_undeliverable(cmd, issue_flags);
 		return;
 	}
-	q->descs[data->tag].addr = io->addr;
-	if (unlikely(ublk_has(q->ub, UBLK_F_SHMEM_ZC)) &&
-	    ublk_shmem_match(q->ub, req, &q->descs[data->tag].addr)) {
-		q->descs[data->tag].op_flags |= UBLK_IO_F_SHMEM_ZC;
-	} else if (!ublk_has(q->ub, UBLK_F_USER_COPY) && req_op(req) == REQ_OP_WRITE) {
-		if (ublk_has(q->ub, UBLK_F_NEED_GET_DATA)) {
-			state = UBLK_IO_WANTS_DATA;
-			res = UBLK_IO_RES_NEED_GET_DATA;
-		} else if (unlikely(!ublk_bring_data(q, data->tag, req, io->addr))) {
-			ublk_bad_buffer(cmd, issue_flags);
-			return;
-		}
+	if (unlikely(!ublk_provide(q, data->tag, cmd, issue_flags))) {
+		if (!ublk_refuse(q, data->tag))
+			ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
+		return;
+	}
+	if (ublk_has(q->ub, UBLK_F_NEED_GET_DATA) && req_op(req) == REQ_OP_WRITE &&
+	    !ublk_req_is_shared(q->ub, req)) {
+		state = UBLK_IO_WANTS_DATA;
+		res = UBLK_IO_RES_NEED_GET_DATA;
 	}
 	spin_lock(&io->lock);
 	io->cmd = NULL;
@@ -140,24 +156,50 @@ static noinline void ublk_cancel(struct io_uring_cmd *cmd, unsigned int issue_fl
 		ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 }
 
-static void ublk_arm(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr)
+static void ublk_arm(struct ublk_queue *q, unsigned int tag, const struct ublk_place *place)
 {
 	struct ublk_io *io = &q->ios[tag];
-	struct ublk_cmd_data *data = ublk_cmd_data(cmd);
 
 	lockdep_assert_held(&io->lock);
-	data->q = q;
-	data->tag = tag;
-	io->cmd = cmd;
-	io->addr = addr;
+	io->place = *place;
 	io->state = UBLK_IO_ARMED;
 }
 
-/* Under ub->lock: the last tag of the queue was fetched. */
-static void ublk_queue_fetched(struct ublk_queue *q)
+static void ublk_arm_command(struct ublk_queue *q, unsigned int tag, const struct ublk_place *place,
+			     struct io_uring_cmd *cmd)
+{
+	struct ublk_cmd_data *data = ublk_cmd_data(cmd);
+
+	data->q = q;
+	data->tag = tag;
+	q->ios[tag].cmd = cmd;
+	ublk_arm(q, tag, place);
+}
+
+/* Under ub->lock: are tags of the queue to be had, for the server behind this file? */
+static bool ublk_may_fetch(struct ublk_queue *q, struct ublk_file *file)
 {
 	struct ublk_device *ub = q->ub;
 
+	lockdep_assert_held(&ub->lock);
+	if (ub->stopped || q->lost || q->closing || q->fetched == q->depth)
+		return false;
+	if (q->owner && q->owner != file)
+		return false;
+	return !ub->started || ub->recovering || ublk_has(ub, UBLK_F_SHARDS);
+}
+
+/* Under ub->lock: so many more tags of the queue were fetched. */
+static void ublk_queue_fetched(struct ublk_queue *q, struct ublk_file *file, unsigned int tags, bool plain)
+{
+	struct ublk_device *ub = q->ub;
+
+	lockdep_assert_held(&ub->lock);
+	q->owner = file;
+	ub->plain_daemon |= plain;
+	q->fetched += tags;
+	if (q->fetched < q->depth)
+		return;
 	ub->served = true;
 	ub->ready++;
 	q->generation++;
@@ -175,34 +217,29 @@ static void ublk_queue_fetched(struct ublk_queue *q)
 static int ublk_fetch(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr,
 		      unsigned int issue_flags)
 {
+	struct ublk_place place = { .addr = addr };
 	struct ublk_device *ub = q->ub;
 	struct ublk_file *file = cmd->file->private_data;
 	struct ublk_io *io = &q->ios[tag];
 	bool plain = !capable(CAP_SYS_ADMIN);
 	int err = -EBUSY;
 
-	if (ublk_has(ub, UBLK_F_USER_COPY) ? addr : !addr && !ublk_has(ub, UBLK_F_NEED_GET_DATA))
+	if (ublk_server_moves_data(ub) ? addr : !addr && !ublk_has(ub, UBLK_F_NEED_GET_DATA))
+		return -EINVAL;
+	if (!ublk_place_by_index(ub, ublk_uring_addr(cmd), &place))
 		return -EINVAL;
 	spin_lock(&ub->lock);
-	if (ub->stopped || q->lost || q->closing || q->fetched == q->depth)
-		goto unlock;
-	if (q->owner && q->owner != file)
-		goto unlock;
-	if (ub->started && !ub->recovering && !ublk_has(ub, UBLK_F_SHARDS))
+	if (!ublk_may_fetch(q, file))
 		goto unlock;
 	spin_lock(&io->lock);
 	if (io->state == UBLK_IO_UNARMED && !io->task) {
 		io->task = get_task_struct(current);
-		ublk_arm(q, tag, cmd, addr);
+		ublk_arm_command(q, tag, &place, cmd);
 		err = -EIOCBQUEUED;
 	}
 	spin_unlock(&io->lock);
-	if (err == -EIOCBQUEUED) {
-		q->owner = file;
-		ub->plain_daemon |= plain;
-		if (++q->fetched == q->depth)
-			ublk_queue_fetched(q);
-	}
+	if (err == -EIOCBQUEUED)
+		ublk_queue_fetched(q, file, 1, plain);
 unlock:
 	spin_unlock(&ub->lock);
 	if (err == -EIOCBQUEUED)
@@ -213,51 +250,70 @@ unlock:
 /* What comes in the address of an answer: the tag's next buffer, or where an append's data went. */
 static bool ublk_commit_addr_ok(struct ublk_device *ub, struct request *req, u64 addr)
 {
-	if (ublk_has(ub, UBLK_F_USER_COPY))
+	if (ublk_server_moves_data(ub))
 		return !addr || req_op(req) == REQ_OP_ZONE_APPEND;
 	return addr || (ublk_has(ub, UBLK_F_NEED_GET_DATA) && req_op(req) != REQ_OP_READ);
 }
 
-/* The server answers: take the request from it, and the tag back for the next. */
-static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr, int res,
+/*
+ * The server's answer to the request of a BUSY tag: take the request from it,
+ * and the tag back for the next.
+ */
+static int ublk_answer(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, const struct ublk_answer *answer,
 		       unsigned int issue_flags)
 {
 	struct ublk_device *ub = q->ub;
 	struct ublk_io *io = &q->ios[tag];
 	struct request *req = io->req;	/* BUSY: nobody else touches it */
 	int err = -EIOCBQUEUED;
+	int res = answer->res;
 
-	if (unlikely(!ublk_commit_addr_ok(ub, req, addr))) {
-		spin_lock(&io->lock);
-		io->state = UBLK_IO_SERVED;
-		spin_unlock(&io->lock);
-		return -EINVAL;
-	}
-	if (res > 0 && req_op(req) == REQ_OP_READ && !ublk_has(ub, UBLK_F_USER_COPY) &&
-	    !ublk_req_is_shared(ub, req)) {
+	if (res > 0 && req_op(req) == REQ_OP_READ && !ublk_server_moves_data(ub) && !ublk_req_is_shared(ub, req)) {
 		size_t bytes = min_t(size_t, res, blk_rq_bytes(req));
 
-		res = ublk_copy_from_server(req, addr, bytes);
+		res = ublk_copy_from_server(req, answer->next.addr, bytes);
 	}
-	if (unlikely(req_op(req) == REQ_OP_ZONE_APPEND)) {
-		res = ublk_zone_appended(ub, req, addr, res);
-		addr = 0;
-	}
+	if (unlikely(req_op(req) == REQ_OP_ZONE_APPEND))
+		res = ublk_zone_appended(ub, req, answer->sector, res);
+	if (io->ring)
+		ublk_auto_unregister(io, cmd, issue_flags);
 
 	/* armed before the request ends, since its tag is in use again right after */
 	spin_lock(&io->lock);
 	io->req = NULL;
-	if (likely(!q->closing)) {
-		ublk_arm(q, tag, cmd, addr);
-	} else {
+	if (unlikely(q->closing)) {
 		io->state = UBLK_IO_UNARMED;
 		err = UBLK_IO_RES_ABORT;
+	} else {
+		ublk_arm_command(q, tag, &answer->next, cmd);
 	}
 	spin_unlock(&io->lock);
 	if (likely(err == -EIOCBQUEUED))
 		ublk_uring_mark_cancelable(cmd, issue_flags);
 	ublk_finish(q, req, UBLK_END_COMMIT, res);
 	return err;
+}
+
+static int ublk_commit(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, u64 addr, int res,
+		       unsigned int issue_flags)
+{
+	struct ublk_answer answer = { .res = res };
+	struct ublk_device *ub = q->ub;
+	struct ublk_io *io = &q->ios[tag];
+	struct request *req = io->req;	/* BUSY */
+
+	if (unlikely(!ublk_commit_addr_ok(ub, req, addr) ||
+		     !ublk_place_by_index(ub, ublk_uring_addr(cmd), &answer.next))) {
+		spin_lock(&io->lock);
+		io->state = UBLK_IO_SERVED;
+		spin_unlock(&io->lock);
+		return -EINVAL;
+	}
+	if (unlikely(req_op(req) == REQ_OP_ZONE_APPEND))
+		answer.sector = addr;
+	else
+		answer.next.addr = addr;
+	return ublk_answer(q, tag, cmd, &answer, issue_flags);
 }
 
 /* The buffer for a write whose data is still with us. */
@@ -275,7 +331,8 @@ static int ublk_get_data(struct ublk_queue *q, unsigned int tag, u64 addr)
 	return there ? UBLK_IO_RES_OK : -EFAULT;
 }
 
-static int ublk_io_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+/* A command for one tag. */
+static int ublk_tag_command(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	const struct ublksrv_io_cmd *payload = ublk_uring_payload(cmd);
 	struct ublk_file *file = cmd->file->private_data;
@@ -287,14 +344,15 @@ static int ublk_io_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	unsigned int nr = _IOC_NR(cmd->cmd_op);
 	struct ublk_queue *q;
 	struct ublk_io *io;
-	int err;
+	int err = 0;
 
+	if (nr == UBLK_IO_UNREGISTER_IO_BUF)
+		return ublk_buffer_unregister(ub, addr, cmd, issue_flags);
 	if (unlikely(qid >= ub->info.nr_hw_queues || tag >= ub->info.queue_depth))
 		return -EINVAL;
-	err = ublk_check_opcode(cmd->cmd_op);
-	if (unlikely(err))
-		return err;
 	q = ub->queues[qid];
+	if (nr == UBLK_IO_REGISTER_IO_BUF)
+		return ublk_buffer_register(q, tag, addr, cmd, issue_flags);
 	if (nr == UBLK_IO_FETCH_REQ)
 		return ublk_fetch(q, tag, cmd, addr, issue_flags);
 
@@ -315,6 +373,15 @@ static int ublk_io_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	if (nr == UBLK_IO_NEED_GET_DATA)
 		return ublk_get_data(q, tag, addr);
 	return ublk_commit(q, tag, cmd, addr, res, issue_flags);
+}
+
+static int ublk_io_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	int err = ublk_check_opcode(cmd->cmd_op);
+
+	if (unlikely(err))
+		return err;
+	return ublk_tag_command(cmd, issue_flags);
 }
 
 UBLK_TASK_CALLBACK(ublk_io_cmd_in_task)

@@ -129,13 +129,29 @@ static blk_status_t ublk_divert(struct ublk_queue *q, struct request *req)
 	return park ? BLK_STS_OK : ublk_no_server(ub);
 }
 
+/* The request goes to the server, which is told what it is. */
+static void ublk_begin(struct ublk_queue *q, struct request *req, int op)
+{
+	struct ublksrv_io_desc *desc = &q->descs[req->tag];
+	struct ublk_request *data = blk_mq_rq_to_pdu(req);
+
+	refcount_set(&data->ref, 1);
+	desc->op_flags = op | ublk_flags_of(req->cmd_flags);
+	if (unlikely(op == UBLK_IO_OP_REPORT_ZONES)) {
+		desc->nr_zones = data->zones;
+		desc->start_sector = data->zone_sector;
+	} else {
+		desc->nr_sectors = blk_rq_sectors(req);
+		desc->start_sector = blk_rq_pos(req);
+	}
+	blk_mq_start_request(req);
+}
+
 static blk_status_t ublk_take_request(struct blk_mq_hw_ctx *hctx, const struct blk_mq_queue_data *bd)
 {
 	struct ublk_queue *q = hctx->driver_data;
 	struct request *req = bd->rq;
 	struct ublk_io *io = &q->ios[req->tag];
-	struct ublksrv_io_desc *desc = &q->descs[req->tag];
-	struct ublk_request *data = blk_mq_rq_to_pdu(req);
 	struct io_uring_cmd *cmd;
 	int op = ublk_op_of(req);
 
@@ -151,17 +167,7 @@ static blk_status_t ublk_take_request(struct blk_mq_hw_ctx *hctx, const struct b
 	io->req = req;
 	cmd = io->cmd;
 	spin_unlock(&io->lock);
-
-	refcount_set(&data->ref, 1);
-	desc->op_flags = op | ublk_flags_of(req->cmd_flags);
-	if (unlikely(op == UBLK_IO_OP_REPORT_ZONES)) {
-		desc->nr_zones = data->zones;
-		desc->start_sector = data->zone_sector;
-	} else {
-		desc->nr_sectors = blk_rq_sectors(req);
-		desc->start_sector = blk_rq_pos(req);
-	}
-	blk_mq_start_request(req);
+	ublk_begin(q, req, op);
 	ublk_dispatch(cmd);
 	return BLK_STS_OK;
 }

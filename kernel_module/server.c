@@ -41,6 +41,7 @@ static struct request *ublk_take_back(struct ublk_io *io)
 	if (io->state == UBLK_IO_SERVED || io->state == UBLK_IO_WANTS_DATA) {
 		req = io->req;
 		io->req = NULL;
+		io->ring = NULL;
 		io->state = UBLK_IO_UNARMED;
 	}
 	return req;
