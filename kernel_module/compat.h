@@ -72,10 +72,10 @@ static inline void ublk_uring_done(struct io_uring_cmd *cmd, int res, unsigned i
 #endif
 }
 
-/* What user space gave beside the payload, with UBLK_F_AUTO_BUF_REG: of 6.15 and later. */
+/* What user space gave beside the payload, with UBLK_F_AUTO_BUF_REG and UBLK_F_BATCH_IO: of 6.15 and later. */
 static inline u64 ublk_uring_addr(struct io_uring_cmd *cmd)
 {
-#ifdef UBLK_HAVE_URING_BVEC
+#if defined(UBLK_HAVE_URING_BVEC) || defined(UBLK_HAVE_URING_MULTISHOT)
 	return READ_ONCE(cmd->sqe->addr);
 #else
 	return 0;

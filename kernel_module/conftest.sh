@@ -64,6 +64,15 @@ int f(struct io_uring_cmd *c, struct request *q)
 	return io_uring_cmd_ctx_handle(c) ? io_buffer_register_bvec(c, q, r, 0u, 0u) : io_buffer_unregister_bvec(c, 0u, 0u);
 }
 C
+	check URING_MULTISHOT "$@" <<'C'
+#include <linux/io_uring/cmd.h>
+bool f(struct io_uring_cmd *c, size_t *n)
+{
+	struct io_br_sel s = io_uring_cmd_buffer_select(c, 0u, n, 0u);
+
+	return s.addr && (c->flags & IORING_URING_CMD_MULTISHOT) && io_uring_mshot_cmd_post_cqe(c, &s, 0u);
+}
+C
 	check IMPORT_UBUF "$@" <<'C'
 #include <linux/uio.h>
 int f(void __user *p, struct iov_iter *i) { return import_ubuf(ITER_DEST, p, 1, i); }

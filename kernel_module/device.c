@@ -137,6 +137,8 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 		return -EINVAL;
 	if (info->flags & moves_data)
 		info->flags &= ~UBLK_F_NEED_GET_DATA;
+	if (info->flags & UBLK_F_BATCH_IO)
+		info->flags &= ~(UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON);
 	info->nr_hw_queues = min_t(unsigned int, info->nr_hw_queues, nr_cpu_ids);
 	info->max_io_buf_bytes = round_down(info->max_io_buf_bytes, PAGE_SIZE);
 	info->state = UBLK_S_DEV_DEAD;

@@ -25,6 +25,7 @@
  *               finds its tag armed.
  *   io->lock    state and contents of one tag. Whoever moves a tag from ARMED
  *               to another state owns its command, and completes it.
+ *   batch->lock requests and commands that wait for each other, in batch.c.
  * None is taken in interrupts.
  *
  * q->up and q->closing are written under ub->lock and read under io->lock by
@@ -70,6 +71,12 @@
 #define UBLK_FEATURES_ZEROCOPY	0
 #endif
 
+#ifdef UBLK_HAVE_URING_MULTISHOT
+#define UBLK_FEATURES_BATCH	UBLK_F_BATCH_IO
+#else
+#define UBLK_FEATURES_BATCH	0
+#endif
+
 /* What is built for this kernel. ADD_DEV drops what is not in here. */
 #define UBLK_FEATURES (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_NEED_GET_DATA |	\
 		       UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |	\
@@ -79,7 +86,8 @@
 		       UBLK_F_PER_IO_DAEMON | UBLK_F_SAFE_STOP_DEV |		\
 		       UBLK_F_NO_AUTO_PART_SCAN | UBLK_F_SHARDS |		\
 		       UBLK_F_SHMEM_ZC |					\
-		       UBLK_FEATURES_ZONED | UBLK_FEATURES_ZEROCOPY)
+		       UBLK_FEATURES_ZONED | UBLK_FEATURES_ZEROCOPY |		\
+		       UBLK_FEATURES_BATCH)
 
 /* Not asked for but told: ways in which this driver behaves with any server. */
 #define UBLK_FEATURES_ALWAYS (UBLK_F_URING_CMD_COMP_IN_TASK | UBLK_F_CMD_IOCTL_ENCODE |	\
@@ -92,8 +100,8 @@
 
 enum ublk_io_state {
 	UBLK_IO_UNARMED,	/* no command, no request: not fetched, or given back */
-	UBLK_IO_ARMED,		/* ->cmd waits for a request */
-	UBLK_IO_DISPATCHED,	/* ->cmd and ->req are on their way to the server's task */
+	UBLK_IO_ARMED,		/* ->cmd waits for a request; in a batch the tag does */
+	UBLK_IO_DISPATCHED,	/* ->cmd and ->req are on their way to the server's task; in a batch ->req waits */
 	UBLK_IO_SERVED,		/* the server has ->req */
 	UBLK_IO_WANTS_DATA,	/* so it has, but no data yet: NEED_GET_DATA comes next */
 	UBLK_IO_BUSY,		/* a command of the server's is at work on ->req */
@@ -124,7 +132,9 @@ struct ublk_io {
 };
 
 struct ublk_device;
+struct ublk_batch;
 struct ublk_buffer;
+struct ublk_fetch;
 struct ublk_shmem_table;
 
 struct ublk_queue {
@@ -137,6 +147,7 @@ struct ublk_queue {
 	unsigned int fetched;		/* tags, by this owner */
 	struct ublk_file *owner;
 	u32 generation;			/* owners that it has had */
+	struct ublk_batch *batch;	/* UBLK_F_BATCH_IO */
 	struct ublksrv_io_desc *descs;	/* the server reads them */
 	struct ublk_io ios[];
 };
@@ -144,7 +155,10 @@ struct ublk_queue {
 /* With an armed command, in io_uring's memory. */
 struct ublk_cmd_data {
 	struct ublk_queue *q;
-	unsigned int tag;
+	union {
+		unsigned int tag;
+		struct ublk_fetch *fetch;	/* UBLK_F_BATCH_IO */
+	};
 };
 
 static inline struct ublk_cmd_data *ublk_cmd_data(struct io_uring_cmd *cmd)
@@ -298,6 +312,14 @@ void ublk_kick(struct gendisk *disk);
 int ublk_file_command(struct io_uring_cmd *cmd, unsigned int issue_flags);
 void ublk_dispatch(struct io_uring_cmd *cmd);
 void ublk_give_back(struct io_uring_cmd *cmd);
+bool ublk_task_is_gone(void);
+bool ublk_may_fetch(struct ublk_queue *q, struct ublk_file *file);
+void ublk_queue_fetched(struct ublk_queue *q, struct ublk_file *file, unsigned int tags, bool plain);
+void ublk_arm(struct ublk_queue *q, unsigned int tag, const struct ublk_place *place);
+bool ublk_provide(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, unsigned int issue_flags);
+bool ublk_refuse(struct ublk_queue *q, unsigned int tag);
+int ublk_answer(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, const struct ublk_answer *answer,
+		unsigned int issue_flags);
 
 /* copy.c */
 size_t ublk_copy_request(struct request *req, size_t offset, struct iov_iter *iter, int dir);
@@ -327,6 +349,70 @@ int ublk_shmem_unregister(struct ublk_device *ub, u64 index);
 void ublk_shmem_free(struct ublk_device *ub);
 bool ublk_shmem_match(struct ublk_device *ub, struct request *req, u64 *addr);
 void ublk_shmem_put(struct ublk_device *ub, struct request *req);
+
+/* batch.c */
+#ifdef UBLK_HAVE_URING_MULTISHOT
+bool ublk_is_batch_op(u32 op);
+int ublk_batch_command(struct io_uring_cmd *cmd, unsigned int issue_flags);
+void ublk_batch_cancel(struct io_uring_cmd *cmd, unsigned int issue_flags);
+int ublk_batch_alloc(struct ublk_queue *q);
+void ublk_batch_free(struct ublk_queue *q);
+struct io_uring_cmd *ublk_batch_add(struct ublk_queue *q, unsigned int tag);
+void ublk_batch_wake(struct io_uring_cmd *cmd);
+void ublk_batch_take_back(struct ublk_queue *q);
+void ublk_batch_close(struct ublk_queue *q);
+void ublk_batch_reset(struct ublk_queue *q);
+bool ublk_batch_has_fetch(struct ublk_queue *q);
+#else
+static inline bool ublk_is_batch_op(u32 op)
+{
+	return false;
+}
+
+static inline int ublk_batch_command(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+	return -EOPNOTSUPP;
+}
+
+static inline void ublk_batch_cancel(struct io_uring_cmd *cmd, unsigned int issue_flags)
+{
+}
+
+static inline int ublk_batch_alloc(struct ublk_queue *q)
+{
+	return 0;
+}
+
+static inline void ublk_batch_free(struct ublk_queue *q)
+{
+}
+
+static inline struct io_uring_cmd *ublk_batch_add(struct ublk_queue *q, unsigned int tag)
+{
+	return NULL;
+}
+
+static inline void ublk_batch_wake(struct io_uring_cmd *cmd)
+{
+}
+
+static inline void ublk_batch_take_back(struct ublk_queue *q)
+{
+}
+
+static inline void ublk_batch_close(struct ublk_queue *q)
+{
+}
+
+static inline void ublk_batch_reset(struct ublk_queue *q)
+{
+}
+
+static inline bool ublk_batch_has_fetch(struct ublk_queue *q)
+{
+	return true;
+}
+#endif
 
 /* zerocopy.c */
 #ifdef UBLK_HAVE_URING_BVEC

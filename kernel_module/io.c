@@ -11,7 +11,7 @@
 #include "driver.h"
 
 /* Where the kernel runs what is left of a dead task's work, or the task itself on its way out. */
-static bool ublk_task_is_gone(void)
+bool ublk_task_is_gone(void)
 {
 	return current->flags & (PF_KTHREAD | PF_EXITING);
 }
@@ -36,7 +36,7 @@ static noinline void ublk_undeliverable(struct io_uring_cmd *cmd, unsigned int i
 }
 
 /* The server can't be given a request: it fails, the BUSY tag waits for the next, unless it is given back. */
-static bool ublk_refuse(struct ublk_queue *q, unsigned int tag)
+bool ublk_refuse(struct ublk_queue *q, unsigned int tag)
 {
 	struct ublk_io *io = &q->ios[tag];
 	struct request *req;
@@ -73,7 +73,7 @@ static bool ublk_bring_data(struct ublk_queue *q, unsigned int tag, struct reque
  * False if that can't be. In the task of the command, which goes to the server
  * with the request; nobody else touches the tag.
  */
-static bool ublk_provide(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, unsigned int issue_flags)
+bool ublk_provide(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	struct ublk_io *io = &q->ios[tag];
 	struct ublk_device *ub = q->ub;
@@ -140,10 +140,15 @@ void ublk_give_back(struct io_uring_cmd *cmd)
 static noinline void ublk_cancel(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
 	struct ublk_cmd_data *data = ublk_cmd_data(cmd);
-	struct ublk_io *io = &data->q->ios[data->tag];
+	struct ublk_io *io;
 	bool ours;
 
 	ublk_server_lost(data->q->ub, cmd->file->private_data);
+	if (data->q->batch) {
+		ublk_batch_cancel(cmd, issue_flags);
+		return;
+	}
+	io = &data->q->ios[data->tag];
 	spin_lock(&io->lock);
 	ours = io->state == UBLK_IO_ARMED && io->cmd == cmd;
 	if (ours) {
@@ -156,7 +161,7 @@ static noinline void ublk_cancel(struct io_uring_cmd *cmd, unsigned int issue_fl
 		ublk_uring_done(cmd, UBLK_IO_RES_ABORT, issue_flags);
 }
 
-static void ublk_arm(struct ublk_queue *q, unsigned int tag, const struct ublk_place *place)
+void ublk_arm(struct ublk_queue *q, unsigned int tag, const struct ublk_place *place)
 {
 	struct ublk_io *io = &q->ios[tag];
 
@@ -177,7 +182,7 @@ static void ublk_arm_command(struct ublk_queue *q, unsigned int tag, const struc
 }
 
 /* Under ub->lock: are tags of the queue to be had, for the server behind this file? */
-static bool ublk_may_fetch(struct ublk_queue *q, struct ublk_file *file)
+bool ublk_may_fetch(struct ublk_queue *q, struct ublk_file *file)
 {
 	struct ublk_device *ub = q->ub;
 
@@ -190,7 +195,7 @@ static bool ublk_may_fetch(struct ublk_queue *q, struct ublk_file *file)
 }
 
 /* Under ub->lock: so many more tags of the queue were fetched. */
-static void ublk_queue_fetched(struct ublk_queue *q, struct ublk_file *file, unsigned int tags, bool plain)
+void ublk_queue_fetched(struct ublk_queue *q, struct ublk_file *file, unsigned int tags, bool plain)
 {
 	struct ublk_device *ub = q->ub;
 
@@ -257,10 +262,10 @@ static bool ublk_commit_addr_ok(struct ublk_device *ub, struct request *req, u64
 
 /*
  * The server's answer to the request of a BUSY tag: take the request from it,
- * and the tag back for the next.
+ * and the tag back for the next, with the command unless it is one of a batch.
  */
-static int ublk_answer(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, const struct ublk_answer *answer,
-		       unsigned int issue_flags)
+int ublk_answer(struct ublk_queue *q, unsigned int tag, struct io_uring_cmd *cmd, const struct ublk_answer *answer,
+		unsigned int issue_flags)
 {
 	struct ublk_device *ub = q->ub;
 	struct ublk_io *io = &q->ios[tag];
@@ -284,11 +289,13 @@ static int ublk_answer(struct ublk_queue *q, unsigned int tag, struct io_uring_c
 	if (unlikely(q->closing)) {
 		io->state = UBLK_IO_UNARMED;
 		err = UBLK_IO_RES_ABORT;
+	} else if (q->batch) {
+		ublk_arm(q, tag, &answer->next);
 	} else {
 		ublk_arm_command(q, tag, &answer->next, cmd);
 	}
 	spin_unlock(&io->lock);
-	if (likely(err == -EIOCBQUEUED))
+	if (likely(err == -EIOCBQUEUED && !q->batch))
 		ublk_uring_mark_cancelable(cmd, issue_flags);
 	ublk_finish(q, req, UBLK_END_COMMIT, res);
 	return err;
@@ -353,6 +360,8 @@ static int ublk_tag_command(struct io_uring_cmd *cmd, unsigned int issue_flags)
 	q = ub->queues[qid];
 	if (nr == UBLK_IO_REGISTER_IO_BUF)
 		return ublk_buffer_register(q, tag, addr, cmd, issue_flags);
+	if (q->batch)
+		return -EOPNOTSUPP;
 	if (nr == UBLK_IO_FETCH_REQ)
 		return ublk_fetch(q, tag, cmd, addr, issue_flags);
 
@@ -377,10 +386,13 @@ static int ublk_tag_command(struct io_uring_cmd *cmd, unsigned int issue_flags)
 
 static int ublk_io_cmd(struct io_uring_cmd *cmd, unsigned int issue_flags)
 {
+	struct ublk_file *file = cmd->file->private_data;
 	int err = ublk_check_opcode(cmd->cmd_op);
 
 	if (unlikely(err))
 		return err;
+	if (ublk_has(file->ub, UBLK_F_BATCH_IO) && ublk_is_batch_op(cmd->cmd_op))
+		return ublk_batch_command(cmd, issue_flags);
 	return ublk_tag_command(cmd, issue_flags);
 }
 

@@ -165,6 +165,15 @@ static blk_status_t ublk_take_request(struct blk_mq_hw_ctx *hctx, const struct b
 	}
 	io->state = UBLK_IO_DISPATCHED;
 	io->req = req;
+	if (q->batch) {
+		/* from then on it may be on its way */
+		ublk_begin(q, req, op);
+		cmd = ublk_batch_add(q, req->tag);
+		spin_unlock(&io->lock);
+		if (cmd)
+			ublk_batch_wake(cmd);
+		return BLK_STS_OK;
+	}
 	cmd = io->cmd;
 	spin_unlock(&io->lock);
 	ublk_begin(q, req, op);
@@ -293,6 +302,8 @@ int ublk_alloc_queues(struct ublk_device *ub)
 		q->descs = vmalloc_user(ublk_descs_size(depth));
 		if (!q->descs)
 			return -ENOMEM;
+		if (ublk_has(ub, UBLK_F_BATCH_IO) && ublk_batch_alloc(q))
+			return -ENOMEM;
 	}
 	return 0;
 }
@@ -311,6 +322,7 @@ void ublk_free_queues(struct ublk_device *ub)
 		for (tag = 0; tag < q->depth; tag++)
 			if (q->ios[tag].task)
 				put_task_struct(q->ios[tag].task);
+		ublk_batch_free(q);
 		vfree(q->descs);
 		kvfree(q);
 	}

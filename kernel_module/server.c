@@ -15,7 +15,7 @@
 
 #define UBLK_QUIESCE_POLL	msecs_to_jiffies(5)
 
-/* The server behind a file is about to go. */
+/* The server behind a file is about to go. What it has not been told of it never will be. */
 void ublk_server_lost(struct ublk_device *ub, struct ublk_file *file)
 {
 	unsigned int i;
@@ -26,19 +26,30 @@ void ublk_server_lost(struct ublk_device *ub, struct ublk_file *file)
 
 		if (q->owner != file)
 			continue;
-		q->lost = true;
+		WRITE_ONCE(q->lost, true);
 		WRITE_ONCE(q->up, false);
 	}
 	spin_unlock(&ub->lock);
+	if (!ublk_has(ub, UBLK_F_BATCH_IO))
+		return;
+	for (i = 0; i < ub->info.nr_hw_queues; i++)
+		if (READ_ONCE(ub->queues[i]->owner) == file)
+			ublk_batch_take_back(ub->queues[i]);
+}
+
+/* Does a tag's request wait for a command that would tell of it, and nobody gave? Under io->lock. */
+static bool ublk_is_untold(struct ublk_queue *q, struct ublk_io *io)
+{
+	return q->batch && io->state == UBLK_IO_DISPATCHED && !ublk_batch_has_fetch(q);
 }
 
 /* Take a request from a server that can't answer it any more. Under io->lock. */
-static struct request *ublk_take_back(struct ublk_io *io)
+static struct request *ublk_take_back(struct ublk_queue *q, struct ublk_io *io)
 {
 	struct request *req = NULL;
 
 	lockdep_assert_held(&io->lock);
-	if (io->state == UBLK_IO_SERVED || io->state == UBLK_IO_WANTS_DATA) {
+	if (io->state == UBLK_IO_SERVED || io->state == UBLK_IO_WANTS_DATA || ublk_is_untold(q, io)) {
 		req = io->req;
 		io->req = NULL;
 		io->ring = NULL;
@@ -58,7 +69,9 @@ static void ublk_queue_orphan(struct ublk_queue *q)
 		struct request *req;
 
 		spin_lock(&io->lock);
-		req = ublk_take_back(io);
+		req = ublk_take_back(q, io);
+		if (q->batch && io->state == UBLK_IO_ARMED)
+			io->state = UBLK_IO_UNARMED;
 		/* a command pins the file that was just released */
 		WARN_ON_ONCE(io->state != UBLK_IO_UNARMED);
 		task = io->task;
@@ -69,14 +82,15 @@ static void ublk_queue_orphan(struct ublk_queue *q)
 		if (req)
 			ublk_finish(q, req, UBLK_END_ABORT, 0);
 	}
+	ublk_batch_reset(q);
 	spin_lock(&ub->lock);
 	if (q->fetched == q->depth)
 		ub->ready--;
 	q->fetched = 0;
 	q->owner = NULL;
-	q->lost = false;
+	WRITE_ONCE(q->lost, false);
 	if (!ub->stopped)
-		q->closing = false;
+		WRITE_ONCE(q->closing, false);
 	spin_unlock(&ub->lock);
 }
 
@@ -133,11 +147,14 @@ void ublk_server_gone(struct ublk_file *file)
 /*
  * Will the task never answer again? The poll thread of a ring begins to exit
  * only when the ring is gone, which an armed command of its own prevents; that
- * its process is ending is what can be seen of it.
+ * its process is ending is what can be seen of it. In a batch any thread of the
+ * process may answer.
  */
-static bool ublk_task_is_ending(struct task_struct *task)
+static bool ublk_task_is_ending(struct ublk_queue *q, struct task_struct *task)
 {
-	return (READ_ONCE(task->flags) & PF_EXITING) || (READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT);
+	if (READ_ONCE(task->signal->flags) & SIGNAL_GROUP_EXIT)
+		return true;
+	return q->batch ? !atomic_read(&task->signal->live) : READ_ONCE(task->flags) & PF_EXITING;
 }
 
 /*
@@ -163,9 +180,9 @@ void ublk_reap_exiting(struct ublk_device *ub)
 			if (!READ_ONCE(io->task))
 				continue;
 			spin_lock(&io->lock);
-			if (io->task && ublk_task_is_ending(io->task)) {
+			if (io->task && ublk_task_is_ending(q, io->task)) {
 				if (abort)
-					req = ublk_take_back(io);
+					req = ublk_take_back(q, io);
 				if (io->state == UBLK_IO_ARMED && !UBLK_URING_CANCELS) {
 					cmd = io->cmd;
 					io->cmd = NULL;
@@ -227,6 +244,7 @@ void ublk_give_back_armed(struct ublk_device *ub)
 			if (cmd)
 				ublk_give_back(cmd);
 		}
+		ublk_batch_close(q);
 	}
 }
 
@@ -308,8 +326,8 @@ static bool ublk_each_has_armed(struct ublk_device *ub)
 	for (i = 0; i < ub->info.nr_hw_queues; i++) {
 		struct ublk_queue *q = ub->queues[i];
 
-		/* one without a server has nobody to be told */
-		if (READ_ONCE(q->owner) && !READ_ONCE(q->lost) && !ublk_has_armed(q))
+		/* one without a server has nobody to be told; one of a batch is told by the end of its FETCH */
+		if (READ_ONCE(q->owner) && !READ_ONCE(q->lost) && !q->batch && !ublk_has_armed(q))
 			return false;
 	}
 	return true;

@@ -52,7 +52,7 @@ int ublk_buffer_register(struct ublk_queue *q, unsigned int tag, u64 index, stru
 		return -EINVAL;
 	req = ublk_req_get(q, tag);
 	if (!req)
-		return state == UBLK_IO_ARMED || state == UBLK_IO_DISPATCHED ? -EBUSY : -EINVAL;
+		return !q->batch && (state == UBLK_IO_ARMED || state == UBLK_IO_DISPATCHED) ? -EBUSY : -EINVAL;
 	if (ublk_has(q->ub, UBLK_F_SUPPORT_ZERO_COPY) && index <= UINT_MAX &&
 	    (ublk_req_fills(req) || ublk_req_drains(req)))
 		err = ublk_buffer_lend(req, index, cmd, issue_flags);
