@@ -66,6 +66,22 @@ static const uint64_t recovery[] = {
 	UBLK_F_USER_RECOVERY | UBLK_F_SHARDS,
 };
 
+/* Who moves the data, and by which commands; what the driver doesn't have it drops. */
+static uint64_t any_transport(void)
+{
+	uint64_t flags = 0;
+
+	if (one_in(3))
+		flags |= UBLK_F_USER_COPY;
+	if (one_in(3))
+		flags |= UBLK_F_SUPPORT_ZERO_COPY;
+	if (one_in(3))
+		flags |= UBLK_F_AUTO_BUF_REG;
+	if (one_in(3))
+		flags |= UBLK_F_BATCH_IO;
+	return flags;
+}
+
 static struct ublk_params zoned_params(void)
 {
 	struct ublk_params params = plain_params(BYTES);
@@ -99,6 +115,8 @@ static void controller(void)
 			info.flags |= UBLK_F_USER_COPY | (one_in(4) ? UBLK_F_ZONED : 0);
 		else if (one_in(4))
 			info.flags |= UBLK_F_NEED_GET_DATA;
+		else if (one_in(2))
+			info.flags |= any_transport();
 		if (one_in(3))
 			info.flags |= UBLK_F_QUIESCE & -!!info.flags;
 		if (one_in(3))
@@ -175,6 +193,189 @@ static void controller(void)
 	control_close(&c);
 }
 
+#define SLOTS 24
+#define GROUP 1
+#define LISTS 4
+
+#ifndef IORING_URING_CMD_MULTISHOT
+#define IORING_URING_CMD_MULTISHOT (1U << 1)
+#endif
+
+#define NOBODY (~0ull) /* user_data of what no answer is expected to */
+#define FETCHED (~1ull)
+
+/* What is done with requests whose pages are in a ring's table, and with the table. */
+static void use_table(struct io_uring *ring, int fd, int backing)
+{
+	struct iovec vec = { any_memory(), rnd(9000) };
+	struct io_uring_rsrc_update2 update = { .offset = rnd(SLOTS + 2), .data = (uintptr_t)&vec, .nr = 1 };
+	struct io_uring_sqe *sqe;
+
+	switch (rnd(5)) {
+	case 0:
+		sqe = io_cmd(ring, fd, UBLK_U_IO_REGISTER_IO_BUF, rnd(QUEUES), rnd(DEPTH), 0, rnd(SLOTS + 2));
+		break;
+	case 1:
+		sqe = io_cmd(ring, fd, UBLK_U_IO_UNREGISTER_IO_BUF, rnd(QUEUES), rnd(DEPTH), 0, rnd(SLOTS + 2));
+		break;
+	case 2:
+		if (one_in(4))
+			io_uring_register(ring->ring_fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
+		return;
+	case 3:
+		if (one_in(20)) {
+			io_uring_unregister_buffers(ring);
+			io_uring_register_buffers_sparse(ring, 1 + rnd(SLOTS));
+		}
+		return;
+	default:
+		sqe = get_sqe(ring, sizeof(*sqe));
+		if (one_in(2))
+			io_uring_prep_read_fixed(sqe, backing, (void *)(uintptr_t)rnd(9000), rnd(9000), 0, rnd(SLOTS));
+		else
+			io_uring_prep_write_fixed(sqe, backing, (void *)(uintptr_t)rnd(9000), rnd(9000), 0, rnd(SLOTS));
+	}
+	sqe->user_data = NOBODY;
+	if (one_in(10))
+		sqe->flags |= IOSQE_ASYNC;
+}
+
+/* Where a request is to be registered by itself. */
+static uint64_t any_place(void)
+{
+	return rnd(SLOTS + 1) | (one_in(2) ? UBLK_AUTO_BUF_REG_FALLBACK << 16 : 0) | (one_in(60) ? 1ull << (17 + rnd(40)) : 0);
+}
+
+/* Lists of tags, in memory of ours or where there is none, and sometimes too short. */
+static void provide_list(struct io_uring_buf_ring *lists, unsigned int id)
+{
+	void *to = one_in(10) ? any_memory() : memory + MEMORY / 2 + id * 256;
+
+	io_uring_buf_ring_add(lists, to, one_in(4) ? rnd(2 * DEPTH + 2) : 2 * DEPTH, id, LISTS - 1, 0);
+	io_uring_buf_ring_advance(lists, 1);
+}
+
+static void batch(struct io_uring *ring, int fd, uint32_t op, unsigned int q, unsigned int flags, const void *elems,
+		  unsigned int n, uint64_t whose)
+{
+	struct io_uring_sqe *sqe = get_sqe(ring, sizeof(*sqe));
+	struct ublk_batch_io cmd = {
+		.q_id = q, .flags = flags, .nr_elem = n,
+		.elem_bytes = op == UBLK_U_IO_FETCH_IO_CMDS ? 2 : 8 + (flags & 1 ? 8 : 0) + (flags & 2 ? 8 : 0),
+	};
+
+	if (one_in(60))
+		((unsigned char *)&cmd)[rnd(sizeof(cmd))] = rnd(256);
+	sqe->opcode = IORING_OP_URING_CMD;
+	sqe->fd = fd;
+	sqe->cmd_op = op;
+	sqe->addr = (uintptr_t)elems;
+	sqe->user_data = whose;
+	memcpy((char *)sqe + 48, &cmd, sizeof(cmd));
+	if (op == UBLK_U_IO_FETCH_IO_CMDS) {
+		sqe->flags |= IOSQE_BUFFER_SELECT;
+		sqe->buf_group = GROUP + one_in(40);
+		sqe->rw_flags = IORING_URING_CMD_MULTISHOT;
+	}
+	if (one_in(60))
+		sqe->flags |= IOSQE_ASYNC;
+}
+
+/* Elements in memory that others write to at the same time: what they say may change while they are read. */
+static void *any_elems(unsigned int flags, const uint16_t *tags, unsigned int n, bool honest)
+{
+	static char bufs[DEPTH][MAX_IO];
+	unsigned int size = 8 + (flags & 1 ? 8 : 0) + (flags & 2 ? 8 : 0);
+	char *mem = one_in(20) ? any_memory() : memory + MEMORY / 2 + 4096 + rnd(64) * 1024;
+	static char own[24 * 64];
+
+	for (unsigned int i = 0; i < n; i++) {
+		struct {
+			struct ublk_elem_header head;
+			uint64_t more[2];
+		} elem = {
+			.head = { .tag = tags[i], .buf_index = rnd(SLOTS), .result = honest ? MAX_IO : (int)rnd(1 << 20) - 999 },
+			.more = { (uintptr_t)bufs[tags[i] % DEPTH], rnd(2048) },
+		};
+
+		memcpy(own + i * size, &elem, size);
+	}
+	if (mem < memory || mem >= memory + MEMORY - 4096)
+		return mem;
+	memcpy(mem, own, n * size);
+	return mem;
+}
+
+/* A server that takes its requests in batches. It knows neither what the device is nor whose tags come. */
+static void batch_server(struct io_uring *ring, int fd, int backing, bool honest)
+{
+	struct io_uring_buf_ring *lists = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct io_uring_buf_reg reg = { .ring_addr = (uintptr_t)lists, .ring_entries = LISTS, .bgid = GROUP };
+	unsigned int q, i, idle = 0, rounds = 50 + rnd(2000), queues = 1 + rnd(QUEUES), first = rnd(QUEUES);
+	static const unsigned int flags[] = { 0, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK };
+	uint16_t all[DEPTH];
+
+	io_uring_buf_ring_init(lists);
+	io_uring_register_buf_ring(ring, &reg, 0);
+	for (i = 0; i < LISTS; i++)
+		provide_list(lists, i);
+	for (i = 0; i < DEPTH; i++)
+		all[i] = i;
+	for (i = 0; i < queues * 3; i++) {
+		q = (first + i / 3) % QUEUES;
+		/* which flags are right depends on the device, and so does how many tags there are */
+		for (unsigned int n = DEPTH; n; n--)
+			batch(ring, fd, UBLK_U_IO_PREP_IO_CMDS, q, flags[i % 3], any_elems(flags[i % 3], all, n, true), n,
+			      NOBODY);
+		io_uring_submit(ring);
+	}
+	for (i = 0; i < queues * (1 + rnd(2)); i++)
+		batch(ring, fd, UBLK_U_IO_FETCH_IO_CMDS, (first + i) % QUEUES, 0, NULL, 0, FETCHED);
+	io_uring_submit(ring);
+	while (rounds-- && idle < 40) {
+		struct __kernel_timespec ts = { 0, 20000000 };
+		struct io_uring_cqe *cqe;
+
+		if (io_uring_wait_cqe_timeout(ring, &cqe, &ts)) {
+			idle++;
+			continue;
+		}
+		if (cqe->user_data == FETCHED) {
+			unsigned int id = cqe->flags >> IORING_CQE_BUFFER_SHIFT, n = cqe->res / 2;
+			bool more = cqe->flags & IORING_CQE_F_MORE;
+			uint16_t tags[DEPTH];
+
+			if (cqe->flags & IORING_CQE_F_BUFFER && id < LISTS && cqe->res > 0 && n <= DEPTH) {
+				idle = 0;
+				memcpy(tags, memory + MEMORY / 2 + id * 256, 2 * n);
+				for (q = 0; q < QUEUES; q++)
+					for (i = 0; i < 3; i++)
+						if (!one_in(40))
+							batch(ring, fd, UBLK_U_IO_COMMIT_IO_CMDS, q, flags[i],
+							      any_elems(flags[i], tags, n, honest), n, NOBODY);
+				if (!one_in(10))
+					provide_list(lists, id);
+			}
+			if (!more) {
+				if (one_in(2))
+					provide_list(lists, rnd(LISTS));
+				batch(ring, fd, UBLK_U_IO_FETCH_IO_CMDS, rnd(QUEUES), 0, NULL, 0, FETCHED);
+				idle++;
+			}
+		}
+		io_uring_cqe_seen(ring, cqe);
+		if (one_in(4))
+			use_table(ring, fd, backing);
+		if (!honest && one_in(8)) {
+			unsigned int f = rnd(16);
+
+			batch(ring, fd, _IOWR('u', 0x25 + rnd(3), struct ublk_batch_io), rnd(QUEUES + 1), f,
+			      any_elems(f, all, rnd(DEPTH), false), rnd(DEPTH + 3), NOBODY);
+		}
+		io_uring_submit(ring);
+	}
+}
+
 struct thread_args {
 	struct io_uring *ring;
 	int fd;
@@ -208,7 +409,7 @@ static void server(void)
 	pthread_t thread;
 	bool threaded = one_in(3);
 	static char bufs[QUEUES * DEPTH][MAX_IO];
-	int fd;
+	int backing = memfd_create("backing", 0), fd;
 
 	fd = open_char(ids[rnd(DEVICES)]);
 	if (fd < 0)
@@ -217,6 +418,8 @@ static void server(void)
 		flags = IORING_SETUP_SQPOLL;
 	if (io_uring_queue_init(64, &ring, flags))
 		return;
+	if (!one_in(4))
+		io_uring_register_buffers_sparse(&ring, SLOTS);
 	for (i = 0; i < QUEUES; i++)
 		map_queue(fd, i, one_in(6) ? rnd(5000) : depth);
 	if (one_in(6))
@@ -224,13 +427,17 @@ static void server(void)
 	args = (struct thread_args){ &ring, fd };
 	if (threaded)
 		pthread_create(&thread, NULL, other_thread, &args);
+	if (one_in(3)) {
+		batch_server(&ring, fd, backing, honest);
+		goto end;
+	}
 	for (i = 0; i < queues * depth; i++) {
 		unsigned int q = (first + i / depth) % QUEUES;
 		uint64_t addr = honest || one_in(2) ? (uintptr_t)bufs[q * DEPTH + i % depth] : (uintptr_t)any_memory();
 
 		io_cmd(&ring, fd, UBLK_U_IO_FETCH_REQ, q, i % depth, 0, addr);
-		/* with user copy a buffer is refused */
-		io_cmd(&ring, fd, UBLK_U_IO_FETCH_REQ, q, i % depth, 0, 0);
+		/* where the driver doesn't copy a buffer is refused */
+		io_cmd(&ring, fd, UBLK_U_IO_FETCH_REQ, q, i % depth, 0, 0)->addr = any_place();
 		if (one_in(50)) {
 			struct io_uring_sqe *sqe = get_sqe(&ring, 64);
 
@@ -263,7 +470,9 @@ static void server(void)
 					continue;
 				io_cmd(&ring, fd, want ? UBLK_U_IO_NEED_GET_DATA : UBLK_U_IO_COMMIT_AND_FETCH_REQ, q,
 				       tag, res, addr ? addr : (uintptr_t)bufs[q * DEPTH + tag]);
-				io_cmd(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, q, tag, res, 0);
+				if (one_in(4))
+					use_table(&ring, fd, backing);
+				io_cmd(&ring, fd, UBLK_U_IO_COMMIT_AND_FETCH_REQ, q, tag, res, 0)->addr = any_place();
 			}
 		} else {
 			io_uring_cqe_seen(&ring, cqe);
@@ -281,6 +490,7 @@ static void server(void)
 		}
 		io_uring_submit(&ring);
 	}
+end:
 	if (one_in(2))
 		io_uring_queue_exit(&ring);
 	if (threaded)
@@ -331,8 +541,7 @@ static void set_table(struct control *c)
 			.queue_depth = DEPTH,
 			.max_io_buf_bytes = MAX_IO,
 			.dev_id = ids[i],
-			.flags = recovery[rnd(6)] | (one_in(3) ? UBLK_F_USER_COPY : 0) |
-				 (one_in(2) ? UBLK_F_SHMEM_ZC : 0),
+			.flags = recovery[rnd(6)] | any_transport() | (one_in(2) ? UBLK_F_SHMEM_ZC : 0),
 		};
 		if (one_in(4))
 			info.flags |= UBLK_F_USER_COPY | UBLK_F_ZONED;
