@@ -25,7 +25,7 @@
 #define UBLK_ANSWER_BYTES	512	/* read at a time */
 
 struct ublk_batch {
-	spinlock_t lock;
+	spinlock_t lock;			/* inside io->lock */
 	DECLARE_KFIFO_PTR(waiting, u16);	/* tags that are DISPATCHED; some may not be so any more */
 	struct list_head idle;			/* FETCH commands */
 	struct ublk_fetch *active;		/* the one that brings what waits; not on the list */
