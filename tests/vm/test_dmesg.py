@@ -23,6 +23,9 @@ SPLATS = [
     "rcu: INFO: rcu_preempt self-detected stall on CPU",
     "refcount_t: underflow; use-after-free.",
     "list_del corruption. prev->next should be ffff",
+    "[ BUG: Invalid wait context ]",
+    "BUG kmalloc-64 (Tainted: G           OE     ): Poison overwritten",
+    "ODEBUG: free active (active state 0) object: ffff object type: timer_list hint: nothing+0x0/0x10 [bugs]",
 ]
 
 CLEAN = [
@@ -30,6 +33,8 @@ CLEAN = [
     "UBSAN: array-index-out-of-bounds in /build/linux-7.2.12/io_uring/rsrc.c:1070:12",
     "block ublkb0: the capability attribute has been deprecated.",
     "I/O error, dev ublkb0, sector 0 op 0x0:(READ) flags 0x0 phys_seg 1 prio class 0",
+    "kmemleak: Kernel memory leak detector initialized (mem pool available: 15681)",
+    "ODEBUG: selftest passed",
     "ima: No TPM chip found, activating TPM-bypass!",
     "EXT4-fs warning (device ublkb0): ext4_end_bio:343: I/O error 10 writing to inode 12",
 ]
@@ -44,6 +49,13 @@ def test_kernel_bug_is_found(prefix: str, text: str) -> None:
 @pytest.mark.parametrize("text", CLEAN)
 def test_ordinary_line_is_clean(text: str) -> None:
     assert dmesg.find_splats([f"[    1.000000] {text}"]) == []
+
+
+def test_an_assertion_of_io_uring_s_is_harmless_only_at_the_end_of_a_ring() -> None:
+    warning = "WARNING: CPU: 1 PID: 37 at io_uring/io_uring.h:137 io_get_cqe_overflow+0x375/0x3e0"
+    trace = [warning, "Modules linked in: ublkd_drv(O)", "Workqueue: iou_exit io_ring_exit_work", "Call Trace:"]
+    assert dmesg.find_splats(trace) == dmesg.excerpt(trace) == []
+    assert dmesg.find_splats([*trace, warning, "Call Trace:"]) == [warning]
 
 
 def test_records_become_dmesg_lines() -> None:
