@@ -69,6 +69,17 @@ need_driver_packages() {
     need unshare util-linux
 }
 
+# A kernel of one's own, from its source package.
+need_debug_kernel_packages() {
+    need_driver_packages
+    need flex flex
+    need bison bison
+    need bc bc
+    need xz xz-utils
+    need depmod kmod
+    need /usr/include/gelf.h libelf-dev
+}
+
 need_bench_packages() {
     need fio fio
     need mkfs.ext4 e2fsprogs

@@ -69,6 +69,11 @@ class Source:
         lines = (line.strip() for line in listed.splitlines())
         return [line.removeprefix("Depends: ") for line in lines if line.startswith("Depends: ")]
 
+    def version(self, package: str) -> str:
+        """The version of a package."""
+        shown = run(["apt-cache", *self._options, "show", "--no-all-versions", package])
+        return next(line.split()[1] for line in shown.splitlines() if line.startswith("Version: "))
+
     def site(self) -> str:
         """Base address of the archive that the suite is in."""
         return _main_site(_own_targets())

@@ -15,7 +15,7 @@ import tty
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import accel, kernels, qemu
+from . import accel, debug, kernels, qemu
 from .boot import Run, Sink
 from .disks import Disk, parse_size
 from .job import Job, guest_environment
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--list", action="store_true", help="list the kernels and whether they are cached")
     parse.add_argument("--json", action="store_true", help="with --list: print JSON")
     parse.add_argument("--fetch", action="store_true", help="fetch the kernel if need be; run nothing")
+    parse.add_argument("--debug", action="store_true", help="that kernel's source built to find bugs (scripts/driver)")
     parse.add_argument("--cpus", type=_positive, metavar="N", help="virtual CPUs (default 2; 1 with --icount)")
     parse.add_argument("--memory", type=_size, default=3 << 30, metavar="SIZE", help="memory (default 3G)")
     parse.add_argument(
@@ -139,7 +140,7 @@ def _list(as_json: bool) -> int:
 
 
 def _run(options: argparse.Namespace, command: list[str]) -> int:
-    store = kernels.Store(say=say)
+    store = (debug.Store if options.debug else kernels.Store)(say=say)
     kernel = store.get(options.kernel, refresh=options.fetch)
     if options.fetch:
         say(f"kernel {options.kernel} is {kernel.release}" + (f" ({kernel.note})" if kernel.note else ""))
