@@ -51,9 +51,17 @@ def test_ordinary_line_is_clean(text: str) -> None:
     assert dmesg.find_splats([f"[    1.000000] {text}"]) == []
 
 
-def test_an_assertion_of_io_uring_s_is_harmless_only_at_the_end_of_a_ring() -> None:
-    warning = "WARNING: CPU: 1 PID: 37 at io_uring/io_uring.h:137 io_get_cqe_overflow+0x375/0x3e0"
-    trace = [warning, "Modules linked in: ublkd_drv(O)", "Workqueue: iou_exit io_ring_exit_work", "Call Trace:"]
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("io_uring/io_uring.h:137 io_get_cqe_overflow", "Workqueue: iou_exit io_ring_exit_work"),
+        ("block/fops.c:496 blkdev_map_blocks", " blkdev_writepages+0x55/0x70"),
+        ("fs/iomap/buffered-io.c:1889 iomap_writepages", " blkdev_writepages+0x55/0x70"),
+    ],
+)
+def test_a_warning_of_the_kernel_s_own_is_harmless_only_in_its_place(where: str, reason: str) -> None:
+    warning = f"WARNING: CPU: 1 PID: 37 at {where}+0x375/0x3e0"
+    trace = [warning, "Modules linked in: ublkd_drv(O)", reason, "Call Trace:"]
     assert dmesg.find_splats(trace) == dmesg.excerpt(trace) == []
     assert dmesg.find_splats([*trace, warning, "Call Trace:"]) == [warning]
 
