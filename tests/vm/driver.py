@@ -14,14 +14,27 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import apt, kernels
-from .outcome import CANNOT_START, VMError
+from . import apt, debug, dmesg, kernels
+from .outcome import CANNOT_START, DIRTY, VMError
 
 NAME = "ublkd_drv"
 KERNELS = ("6.1", "6.12")
 _TOP = Path(__file__).resolve().parents[2]
 _SOURCES = _TOP / "kernel_module"
 _PARTS = ("linux-headers-", "linux-kbuild-")
+_VM = str(_TOP / "scripts" / "vm")
+
+BUGS = {
+    "sleep": "BUG: sleeping function called",
+    "list": "list_del corruption",
+    "object": "ODEBUG: free active",
+    "lock": "possible circular locking",
+    "hang": "blocked for more than",
+    "free": "KASAN:",
+}
+"""Bugs that tests/driver/bugs makes, and what a debug kernel says of each. Lockdep goes off at KASAN's first report."""
+LEAK = ("leak", 'comm "insmod"')
+"""Another, of which not the log tells, and what is told of it: the module and its names are gone by then."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,9 @@ def headers_root() -> Path:
 
 def get_headers(kernel: kernels.Kernel) -> Headers:
     """The headers of a kernel, fetched if need be."""
+    own = Headers(kernel.release, kernel.directory, False)
+    if own.kdir.exists():
+        return own
     root = headers_root() / kernel.release
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f"{kernel.release}.lock", "w") as lock:
@@ -60,13 +76,17 @@ def get_headers(kernel: kernels.Kernel) -> Headers:
 def build(name: str, store: kernels.Store | None = None) -> Path:
     """Build the module for a kernel: the path of the .ko file."""
     store = store or kernels.Store(say=_say)
-    kernel = store.cached(name) or store.get(name)
+    kernel = store.get(name)
+    return _build(kernel, _SOURCES, _TOP / "build" / "driver" / kernel.release) / f"{NAME}.ko"
+
+
+def _build(kernel: kernels.Kernel, sources: Path, directory: Path) -> Path:
+    """Build a module of these sources in a directory of its own, which is returned."""
     headers = get_headers(kernel)
-    directory = _TOP / "build" / "driver" / kernel.release
     directory.mkdir(parents=True, exist_ok=True)
     # only what changed: make goes by the time of a file
-    for path in sorted(_SOURCES.rglob("*")):
-        copy = directory / path.relative_to(_SOURCES)
+    for path in sorted(sources.rglob("*")):
+        copy = directory / path.relative_to(sources)
         if path.is_dir():
             copy.mkdir(exist_ok=True)
         elif not copy.exists() or copy.read_bytes() != path.read_bytes():
@@ -79,7 +99,7 @@ def build(name: str, store: kernels.Store | None = None) -> Path:
         raise VMError(f"the driver does not build for {kernel.release}:\n{output[-3000:]}")
     if complaints:
         raise VMError(f"the driver builds with warnings for {kernel.release}:\n" + "\n".join(complaints))
-    return directory / f"{NAME}.ko"
+    return directory
 
 
 def _make(headers: Headers, directory: Path) -> list[str]:
@@ -181,7 +201,44 @@ def _say(text: str) -> None:
     print(f"driver: {text}", file=sys.stderr, flush=True)
 
 
-def test(name: str, module: Path, arguments: list[str]) -> int:
+def prove(name: str, store: kernels.Store) -> None:
+    """Raise VMError unless a run on the debug kernel fails for bugs, and for each that we make."""
+    sources = _TOP / "tests" / "driver" / "bugs"
+    kernel = store.get(name)
+    module = _build(kernel, sources, _TOP / "build" / "bugs" / kernel.release) / "bugs.ko"
+    log = module.with_name("log")
+    command = [
+        _VM,
+        name,
+        "--debug",
+        "--no-ublk",
+        f"--log={log}",
+        "--",
+        "sh",
+        sources / "provoke.sh",
+        module,
+        LEAK[0],
+        *BUGS,
+    ]
+    done = subprocess.run(command, cwd=_TOP, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != DIRTY:
+        output = done.stdout + done.stderr
+        raise VMError(f"kernel {kernel.release} ran into bugs and ended with {done.returncode}: {output}")
+    missed = missing_reports(Path(f"{log}.dmesg").read_text().splitlines())
+    if not any(LEAK[1] in text for text in debug.leaks(done.stdout)):
+        missed.append(LEAK[0])
+    if missed:
+        raise VMError(f"kernel {kernel.release} did not report all bugs: {', '.join(missed)}, see {log}.dmesg")
+    _say(f"kernel {kernel.release} reports bugs: {', '.join([LEAK[0], *BUGS])}")
+
+
+def missing_reports(log: list[str]) -> list[str]:
+    """Of which of the bugs a kernel log doesn't tell in a way that makes it dirty."""
+    splats = dmesg.find_splats(log)
+    return [bug for bug, words in BUGS.items() if not any(words in line for line in splats)]
+
+
+def test(name: str, module: Path, arguments: list[str], with_debug: bool = False) -> int:
     """Run tests/driver on a kernel with this module loaded: the exit status."""
     done = subprocess.run(["make", "-s", "-C", str(_TOP / "tests" / "driver")])
     if done.returncode:
@@ -189,8 +246,11 @@ def test(name: str, module: Path, arguments: list[str]) -> int:
     pytest = [".venv/bin/python", "-B", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v"]
     machine = [f"--module={module}", "--require-ublk", "--cpus=4", "--memory=3G", "--timeout=7200"]
     environment = ["--env=UBLKD_REQUIRE_KERNEL=1"]
+    if with_debug:
+        machine += ["--debug", "--memory=4G"]
+        environment.append("--env=UBLKD_DEBUG_KERNEL=1")
     tests = arguments if any(argument.startswith("tests/") for argument in arguments) else [*arguments, "tests/driver"]
-    vm = [str(_TOP / "scripts" / "vm"), name, *machine, *environment, "--", *pytest, *tests]
+    vm = [_VM, name, *machine, *environment, "--", *pytest, *tests]
     return subprocess.run(vm, cwd=_TOP, stdin=subprocess.DEVNULL).returncode
 
 
@@ -198,18 +258,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; prints the path of each module, or the output of its tests."""
     arguments = sys.argv[1:] if arguments is None else arguments
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    usage = "driver [KERNEL...] [--test [-- PYTEST-ARGUMENT...]]"
+    usage = "driver [KERNEL...] [--debug] [--test [-- PYTEST-ARGUMENT...]]"
     parse = argparse.ArgumentParser(prog="driver", usage=usage, description=__doc__)
     parse.add_argument("kernels", nargs="*", default=[], help="default: " + ", ".join(KERNELS))
     parse.add_argument("--test", action="store_true", help="and run tests/driver on each")
+    parse.add_argument("--debug", action="store_true", help="for their source, built to find bugs (KASAN, lockdep...)")
     options = parse.parse_args(arguments[:split])
+    store = (debug.Store if options.debug else kernels.Store)(say=_say)
     status = 0
     try:
         for name in options.kernels or KERNELS:
-            module = build(name)
+            module = build(name, store)
             print(module, flush=True)
+            if options.test and options.debug:
+                prove(name, store)
             if options.test:
-                status = test(name, module, arguments[split + 1 :]) or status
+                status = test(name, module, arguments[split + 1 :], options.debug) or status
     except (VMError, apt.AptError) as error:
         _say(str(error))
         return CANNOT_START
