@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +20,12 @@ MODULE = TOP / "build" / "driver" / os.uname().release / "ublkd_drv.ko"
 sys.path.insert(0, str(HERE.parent))
 
 from ublkd.control.commands import Control  # noqa: E402
-from vm import dmesg  # noqa: E402
+from vm import debug, dmesg  # noqa: E402
+
+DEBUG = os.environ.get("UBLKD_DEBUG_KERNEL") == "1"
+"""On a kernel of scripts/driver --debug."""
+
+LEAKS = Path("/sys/kernel/debug/kmemleak")
 
 Results = dict[str, int]
 Compare = Callable[..., tuple[Results, Results]]
@@ -42,15 +49,41 @@ def clean_log() -> Iterator[None]:
         if os.environ.get("UBLKD_REQUIRE_KERNEL") == "1":
             pytest.fail("needs root and the ublk driver, and UBLKD_REQUIRE_KERNEL is set", pytrace=False)
         pytest.skip("needs root and the ublk driver")
-    before = len(_log())
+    before = len(kernel_log())
     yield
-    lines = _log()[before:]
+    lines = kernel_log()[before:]
     if dmesg.find_splats(lines):
         pytest.fail("the kernel complained:\n" + "\n".join(dmesg.excerpt(lines)), pytrace=False)
     assert not list(Path("/sys/class/ublk-char").iterdir()), "a device is left"
+    if DEBUG:
+        # it goes off when it finds something, or has no room
+        assert re.search(r"debug_locks: +1$", Path("/proc/lockdep_stats").read_text(), re.MULTILINE), "lockdep is off"
 
 
-def _log() -> list[str]:
+@pytest.fixture(autouse=True, scope="session")
+def no_leaks() -> Iterator[None]:
+    """On a debug kernel: at the end the driver is unloaded, and memory that nothing points to is a failure."""
+    if not DEBUG:
+        yield
+        return
+    _scan()
+    LEAKS.write_text("clear")  # what the boot left
+    yield
+    subprocess.run(["rmmod", "ublkd_drv"], check=True)
+    time.sleep(6)  # younger memory is not looked at
+    _scan()
+    _scan()
+    if lost := debug.leaks(LEAKS.read_text()):
+        pytest.fail("memory is lost:\n" + "".join(lost)[:5000], pytrace=False)
+
+
+def _scan() -> None:
+    # fails if the detector is off
+    LEAKS.write_text("scan")
+
+
+def kernel_log() -> list[str]:
+    """The lines of dmesg."""
     return subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 

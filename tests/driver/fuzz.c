@@ -2,12 +2,13 @@
 /*
  * Random commands from several processes that die at random moments.
  *
- *   fuzz SECONDS SEED
+ *   fuzz SECONDS SEED [faults]
  *
  * Servers with bad manners (wrong tags, wrong addresses, other threads,
  * answers that make no sense), controllers that give any command to any
  * device, users of the disks. Only that the kernel keeps well counts, and that
- * all devices can be deleted at the end.
+ * all devices can be deleted at the end. With "faults" most of them may see the
+ * failures that the kernel's fault injection is set up for.
  */
 #include <poll.h>
 #include <pthread.h>
@@ -24,6 +25,17 @@
 
 static uint32_t ids[DEVICES]; /* any number may be one of them, and not for long */
 static unsigned int seed;
+static bool faults;
+
+/* Of all processes: what went well, so that one sees that anything did. */
+static struct {
+	unsigned long commands, ios;
+} *well;
+
+static void count(unsigned long *what)
+{
+	__atomic_fetch_add(what, 1, __ATOMIC_RELAXED);
+}
 
 static unsigned int rnd(unsigned int n)
 {
@@ -188,7 +200,8 @@ static void controller(void)
 			if ((op & 0xff) == 0x05 || (op & 0xff) == 0x14 || (op & 0xff) == 0x07)
 				continue;
 		}
-		control_raw(&c, op, &cmd, 1 + rnd(300));
+		if (control_raw(&c, op, &cmd, 1 + rnd(300)) >= 0)
+			count(&well->commands);
 	}
 	control_close(&c);
 }
@@ -518,6 +531,8 @@ static void user(void)
 
 		if (one_in(2) ? pread(fd, buf, len, at) < 0 : pwrite(fd, buf, len, at) < 0)
 			usleep(1000);
+		else
+			count(&well->ios);
 		if (one_in(20))
 			fsync(fd);
 		if (one_in(40))
@@ -551,6 +566,15 @@ static void set_table(struct control *c)
 	}
 }
 
+static void take_faults(void)
+{
+	int fd = open("/proc/self/make-it-fail", O_WRONLY);
+
+	if (fd < 0 || write(fd, "1", 1) != 1)
+		die("make-it-fail");
+	close(fd);
+}
+
 static pid_t launch(int kind)
 {
 	unsigned int next = rand_r(&seed);
@@ -560,6 +584,8 @@ static pid_t launch(int kind)
 		return pid;
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	seed = next;
+	if (faults && !one_in(3))
+		take_faults();
 	kinds[kind]();
 	_exit(0);
 }
@@ -573,10 +599,14 @@ int main(int argc, char **argv)
 	int i, left = 0;
 
 	seed = argc > 2 ? atoi(argv[2]) : time(NULL);
+	faults = argc > 3;
+	if (faults && access("/proc/self/make-it-fail", W_OK))
+		die("make-it-fail");
 	printf("seed %u\n", seed);
 	fflush(stdout);
 	memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (memory == MAP_FAILED)
+	well = mmap(NULL, sizeof(*well), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED || well == MAP_FAILED)
 		die("memory");
 	control_open(&c);
 	set_table(&c);
@@ -620,5 +650,6 @@ int main(int argc, char **argv)
 		}
 	}
 	printf("%lu processes, %lu killed, %d left\n", generations, deaths, left);
+	printf("%lu commands and %lu reads and writes went well\n", well->commands, well->ios);
 	return left ? 1 : 0;
 }
