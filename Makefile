@@ -61,10 +61,11 @@ test-driver: ## our driver on 6.1 and 6.12, or KERNEL=6.12: conformance, zones, 
 	@scripts/setup
 	@scripts/driver $(KERNEL) --test -- $(TEST)
 
-test-driver-long: ## the same for much longer, and the whole integration suite on it (hours)
-	@scripts/setup driver
+test-driver-long: ## the same for much longer, on debug kernels, too, and the whole integration suite on it (hours)
+	@scripts/setup debug-kernel
 	@scripts/setup
 	UBLKD_SHARD_KILLS=500 UBLKD_FUZZ_SECONDS=1800 scripts/driver $(KERNEL) --test
+	UBLKD_FUZZ_SECONDS=1800 scripts/driver $(KERNEL) --debug --test
 	@scripts/lib/integration $(KERNEL) --own-driver
 
 vm: ## a shell in KERNEL=6.12, or CMD="a command"
