@@ -165,7 +165,7 @@ static int ublk_make_tag_set(struct ublk_device *ub)
 	return err;
 }
 
-static void ublk_stop_on_death(struct work_struct *work);
+static void ublk_stop_in_work(struct work_struct *work);
 static void ublk_scan(struct work_struct *work);
 
 int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer)
@@ -193,7 +193,7 @@ int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer)
 	xa_init_flags(&ub->buffers, XA_FLAGS_ALLOC);
 	spin_lock_init(&ub->lock);
 	init_waitqueue_head(&ub->wait);
-	INIT_WORK(&ub->stop_work, ublk_stop_on_death);
+	INIT_WORK(&ub->stop_work, ublk_stop_in_work);
 	INIT_WORK(&ub->scan_work, ublk_scan);
 	INIT_WORK(&ub->free_work, ublk_free);
 	INIT_DELAYED_WORK(&ub->watch_work, ublk_watch);
@@ -443,27 +443,39 @@ static void ublk_stop_locked(struct ublk_device *ub)
 	ub->stopped = used;
 	spin_unlock(&ub->lock);
 	ublk_give_back_armed(ub);
-	wake_up_all(&ub->wait);
 }
 
-int ublk_stop(struct ublk_device *ub)
-{
-	if (mutex_lock_interruptible(&ub->mutex))
-		return -EINTR;
-	ublk_stop_locked(ub);
-	mutex_unlock(&ub->mutex);
-	return 0;
-}
-
-/* The server of a device without recovery is gone. Queued with a reference. */
-static void ublk_stop_on_death(struct work_struct *work)
+static void ublk_stop_in_work(struct work_struct *work)
 {
 	struct ublk_device *ub = container_of(work, struct ublk_device, stop_work);
 
 	mutex_lock(&ub->mutex);
 	ublk_stop_locked(ub);
+	WRITE_ONCE(ub->stops, ub->stops + 1);
 	mutex_unlock(&ub->mutex);
+	wake_up_all(&ub->wait);
 	ublk_put(ub);
+}
+
+/* For a caller with a reference, in any context that may hold ub->lock. */
+void ublk_begin_stop(struct ublk_device *ub)
+{
+	get_device(&ub->dev);
+	if (!queue_work(ublk_stop_wq, &ub->stop_work))
+		ublk_put(ub);
+}
+
+/*
+ * The end of a disk waits for the requests that its server has, and the caller
+ * may be that server, or be given up by its user: it can be killed while the
+ * work goes on.
+ */
+int ublk_stop(struct ublk_device *ub)
+{
+	unsigned int before = READ_ONCE(ub->stops);
+
+	ublk_begin_stop(ub);
+	return wait_event_killable(ub->wait, READ_ONCE(ub->stops) != before) ? -EINTR : 0;
 }
 
 int ublk_try_stop(struct ublk_device *ub)
@@ -488,11 +500,9 @@ int ublk_try_stop(struct ublk_device *ub)
 	else
 		ub->no_open = true;
 	mutex_unlock(&disk->open_mutex);
-	if (!err)
-		ublk_stop_locked(ub);
 unlock:
 	mutex_unlock(&ub->mutex);
-	return err;
+	return err ? err : ublk_stop(ub);
 }
 
 int ublk_update_size(struct ublk_device *ub, u64 sectors)
@@ -520,9 +530,13 @@ int ublk_update_size(struct ublk_device *ub, u64 sectors)
 int ublk_delete(struct ublk_device *ub)
 {
 	bool first;
+	int err = ublk_stop(ub);
 
+	if (err)
+		return err;
 	if (mutex_lock_interruptible(&ub->mutex))
 		return -EINTR;
+	/* of a disk that was started in between */
 	ublk_stop_locked(ub);
 	mutex_lock(&ublk_devices_mutex);
 	first = !ub->deleted;

@@ -209,6 +209,7 @@ struct ublk_device {
 	struct ublk_shmem_table __rcu *shmem;
 
 	struct work_struct stop_work;
+	unsigned int stops;		/* how often it ran; written under mutex */
 	struct work_struct scan_work;
 	struct work_struct free_work;
 	struct delayed_work watch_work;
@@ -272,6 +273,7 @@ static inline size_t ublk_descs_size(unsigned int depth)
 
 /* main.c */
 extern struct workqueue_struct *ublk_wq;
+extern struct workqueue_struct *ublk_stop_wq;
 extern struct class ublk_class;
 extern dev_t ublk_devt;
 extern unsigned int ublk_max_unprivileged;
@@ -286,6 +288,7 @@ struct ublk_device *ublk_get_by_id(u32 id);
 void ublk_put(struct ublk_device *ub);
 int ublk_add(struct ublksrv_ctrl_dev_info *info, void __user *answer);
 int ublk_start(struct ublk_device *ub, int pid);
+void ublk_begin_stop(struct ublk_device *ub);
 int ublk_stop(struct ublk_device *ub);
 int ublk_try_stop(struct ublk_device *ub);
 int ublk_update_size(struct ublk_device *ub, u64 sectors);

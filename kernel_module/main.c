@@ -10,6 +10,7 @@
 #include "driver.h"
 
 struct workqueue_struct *ublk_wq;
+struct workqueue_struct *ublk_stop_wq;	/* what waits for servers, so that nothing else waits for its turn */
 dev_t ublk_devt;
 
 unsigned int ublk_max_unprivileged = 64;
@@ -111,9 +112,13 @@ static int __init ublk_load(void)
 	ublk_wq = alloc_workqueue("ublkd", WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
 	if (!ublk_wq)
 		return -ENOMEM;
+	err = -ENOMEM;
+	ublk_stop_wq = alloc_workqueue("ublkd_stop", WQ_UNBOUND, 0);
+	if (!ublk_stop_wq)
+		goto free_wq;
 	err = alloc_chrdev_region(&ublk_devt, 0, UBLK_MAX_DEVICES, "ublk-char");
 	if (err)
-		goto free_wq;
+		goto free_stop_wq;
 	err = class_register(&ublk_class);
 	if (err)
 		goto free_region;
@@ -126,6 +131,8 @@ free_class:
 	class_unregister(&ublk_class);
 free_region:
 	unregister_chrdev_region(ublk_devt, UBLK_MAX_DEVICES);
+free_stop_wq:
+	destroy_workqueue(ublk_stop_wq);
 free_wq:
 	destroy_workqueue(ublk_wq);
 	return err;
@@ -136,6 +143,7 @@ static void __exit ublk_unload(void)
 {
 	misc_deregister(&ublk_control_device);
 	ublk_wait_for_devices();
+	destroy_workqueue(ublk_stop_wq);
 	destroy_workqueue(ublk_wq);
 	class_unregister(&ublk_class);
 	unregister_chrdev_region(ublk_devt, UBLK_MAX_DEVICES);

@@ -133,9 +133,7 @@ void ublk_server_gone(struct ublk_file *file)
 			} else if (ublk_may_recover(ub)) {
 				ub->info.state = UBLK_S_DEV_QUIESCED;
 			} else {
-				get_device(&ub->dev);
-				if (!queue_work(ublk_wq, &ub->stop_work))
-					ublk_put(ub);
+				ublk_begin_stop(ub);
 			}
 		}
 	}

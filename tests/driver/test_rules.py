@@ -7,7 +7,9 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,37 @@ def test_a_server_that_does_not_answer_in_time_is_killed() -> None:
             assert caught.value.errno == errno.EIO
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         ctl.del_dev(info.dev_id)
+
+
+def test_who_waits_for_the_end_of_a_disk_can_be_killed() -> None:
+    """And it comes to that end all the same, when the server answers or dies."""
+    with Control() as ctl:
+        info = ctl.add_dev(AddRequest(depth=8))
+        ctl.set_params(info.dev_id, PARAMS)
+        server = serve(ctl, info.dev_id, 8)
+        path = path_of(info.dev_id)
+        wait_for_node(path, 5)
+        os.kill(server, signal.SIGSTOP)
+        dd = ["dd", f"if={path}", "of=/dev/null", "bs=4096", "skip=2048", "count=1", "iflag=direct"]
+        with subprocess.Popen(dd, stderr=subprocess.DEVNULL) as reader:
+            inflight = Path(f"/sys/block/{os.path.basename(path)}/inflight")
+            while inflight.read_text().split()[0] == "0":
+                time.sleep(0.01)
+            waiting = os.fork()
+            if waiting == 0:
+                with Control() as own:
+                    own.del_dev(info.dev_id, timeout=10000)
+                os._exit(0)
+            time.sleep(1)
+            assert os.waitpid(waiting, os.WNOHANG) == (0, 0), "it waits for the request"
+            os.kill(waiting, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(waiting, 0)[1]) == -signal.SIGKILL
+            assert reader.poll() is None
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)
+            assert reader.wait() != 0
+        ctl.del_dev(info.dev_id)
+        assert not os.path.exists(path)
 
 
 def test_a_device_keeps_the_module() -> None:

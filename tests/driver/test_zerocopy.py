@@ -52,4 +52,7 @@ def test_a_server_dies_with_a_request() -> None:
     kinds = ("zero-copy", "auto", "auto-zero-copy", "batch", "batch-auto")
     wanted = {f"{kind}.{name}": value for kind in kinds for name, value in expected.items()}
     held = {f"{kind}.held": -16 for kind in ("zero-copy", "auto-zero-copy", "batch-auto")}
-    assert results("zerocopy", "death") == wanted | held
+    stops = {"start": 0, "waits": 1, "killed": 1, "result": -5, "stop": 0}
+    kinds = ("zero-copy", "auto", "batch-auto")
+    own = {f"{kind}.self-stop.{name}": value for kind in kinds for name, value in stops.items()}
+    assert results("zerocopy", "death") == wanted | held | own

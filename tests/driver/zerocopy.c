@@ -1028,6 +1028,45 @@ static void death(const char *kind, uint64_t flags)
 	drop(s);
 }
 
+/* A server that stops its own device while it has a request in its own table, and is killed: it must not wait for itself. */
+static void self_stop(const char *kind, uint64_t flags)
+{
+	volatile int *held = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	struct server server = make(kind, flags | UBLK_F_USER_RECOVERY), *s = &server;
+	struct user u;
+	int status;
+	pid_t pid = fork();
+
+	if (!pid) {
+		unsigned int tag;
+
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		s->n = 0;
+		open_server(s);
+		arm(s);
+		tag = await(s);
+		if (!has(s, UBLK_F_AUTO_BUF_REG) && reg(s, tag, HOLDS))
+			_exit(1);
+		control_open(&c);
+		*held = 1;
+		control(&c, UBLK_U_CMD_STOP_DEV, s->id, NULL, 0, 0);
+		_exit(2);
+	}
+	SAY("self-stop.start", control(&c, UBLK_U_CMD_START_DEV, s->id, NULL, 0, pid));
+	begin(s, &u, true, 0, 0x99);
+	while (!*held)
+		usleep(1000);
+	usleep(300000);
+	SAY("self-stop.waits", !is_done(&u));
+	kill(pid, SIGKILL);
+	waitpid(pid, &status, 0);
+	SAY("self-stop.killed", WIFSIGNALED(status));
+	pthread_join(u.thread, NULL);
+	SAY("self-stop.result", u.result);
+	SAY("self-stop.stop", control(&c, UBLK_U_CMD_STOP_DEV, s->id, NULL, 0, 0));
+	drop(s);
+}
+
 int main(int argc, char **argv)
 {
 	if (getuid())
@@ -1043,6 +1082,9 @@ int main(int argc, char **argv)
 		death("auto-zero-copy", UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY);
 		death("batch", UBLK_F_BATCH_IO);
 		death("batch-auto", UBLK_F_BATCH_IO | UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY);
+		self_stop("zero-copy", UBLK_F_SUPPORT_ZERO_COPY);
+		self_stop("auto", UBLK_F_AUTO_BUF_REG);
+		self_stop("batch-auto", UBLK_F_BATCH_IO | UBLK_F_AUTO_BUF_REG);
 		return 0;
 	}
 	add_cases();
