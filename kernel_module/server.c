@@ -128,13 +128,12 @@ void ublk_server_gone(struct ublk_file *file)
 	if (served && ublk_is_deserted(ub)) {
 		ub->recovering = false;
 		if (ub->disk && ub->info.state == UBLK_S_DEV_LIVE) {
-			if (ublk_has(ub, UBLK_F_USER_RECOVERY_FAIL_IO)) {
+			if (ublk_has(ub, UBLK_F_USER_RECOVERY_FAIL_IO))
 				ub->info.state = UBLK_S_DEV_FAIL_IO;
-			} else if (ublk_may_recover(ub)) {
+			else if (ublk_may_recover(ub))
 				ub->info.state = UBLK_S_DEV_QUIESCED;
-			} else {
+			else
 				ublk_begin_stop(ub);
-			}
 		}
 	}
 	if (!--ub->files)
