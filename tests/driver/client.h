@@ -32,6 +32,15 @@ __attribute__((noreturn)) static inline void die(const char *what)
 	exit(2);
 }
 
+/* Of a result that is 0 or a negative errno: go on only with 0. */
+static inline void must(int err, const char *what)
+{
+	if (err) {
+		errno = -err;
+		die(what);
+	}
+}
+
 static inline int64_t now_us(void)
 {
 	struct timespec ts;
@@ -53,6 +62,15 @@ static inline struct io_uring_sqe *get_sqe(struct io_uring *ring, size_t bytes)
 		die("no room in the ring");
 	memset(sqe, 0, bytes);
 	return sqe;
+}
+
+/* A completion, or NULL if none comes for a little while. */
+static inline struct io_uring_cqe *next_cqe(struct io_uring *ring)
+{
+	struct __kernel_timespec ts = { 0, 20000000 };
+	struct io_uring_cqe *cqe;
+
+	return io_uring_wait_cqe_timeout(ring, &cqe, &ts) ? NULL : cqe;
 }
 
 struct control {
@@ -185,6 +203,11 @@ static inline int set_params(struct control *c, uint32_t id, struct ublk_params 
 	return control(c, UBLK_U_CMD_SET_PARAMS, id, p, sizeof(*p), 0);
 }
 
+static inline void delete_device(struct control *c, uint32_t id)
+{
+	must(control(c, UBLK_U_CMD_DEL_DEV, id, NULL, 0, 0), "delete");
+}
+
 static inline int open_char(uint32_t id)
 {
 	char path[32];
@@ -216,17 +239,49 @@ static inline struct ublksrv_io_desc *map_queue(int fd, unsigned int queue, unsi
 	return mmap(NULL, descs_size(depth), PROT_READ, MAP_SHARED, fd, descs_offset(queue));
 }
 
-static inline struct io_uring_sqe *io_cmd(struct io_uring *ring, int fd, uint32_t op, unsigned int queue,
-					  unsigned int tag, int res, uint64_t addr)
+static inline struct io_uring_sqe *char_cmd(struct io_uring *ring, int fd, uint32_t op, const void *cmd, size_t bytes)
 {
 	struct io_uring_sqe *sqe = get_sqe(ring, sizeof(*sqe));
-	struct ublksrv_io_cmd cmd = { .q_id = queue, .tag = tag, .result = res, .addr = addr };
 
 	sqe->opcode = IORING_OP_URING_CMD;
 	sqe->fd = fd;
 	sqe->cmd_op = op;
+	memcpy((char *)sqe + 48, cmd, bytes);
+	return sqe;
+}
+
+static inline struct io_uring_sqe *io_cmd(struct io_uring *ring, int fd, uint32_t op, unsigned int queue,
+					  unsigned int tag, int res, uint64_t addr)
+{
+	struct ublksrv_io_cmd cmd = { .q_id = queue, .tag = tag, .result = res, .addr = addr };
+	struct io_uring_sqe *sqe = char_cmd(ring, fd, op, &cmd, sizeof(cmd));
+
 	sqe->user_data = tag;
-	memcpy((char *)sqe + 48, &cmd, sizeof(cmd));
+	return sqe;
+}
+
+#ifndef IORING_URING_CMD_MULTISHOT
+#define IORING_URING_CMD_MULTISHOT (1U << 1)
+#endif
+
+/* Bytes of an element of a batch. */
+static inline unsigned int elem_size(uint16_t flags)
+{
+	return 8 + (flags & UBLK_BATCH_F_HAS_BUF_ADDR ? 8 : 0) + (flags & UBLK_BATCH_F_HAS_ZONE_LBA ? 8 : 0);
+}
+
+/* A command for many tags; a FETCH takes its buffers from this group. */
+static inline struct io_uring_sqe *batch_cmd(struct io_uring *ring, int fd, uint32_t op,
+					     const struct ublk_batch_io *cmd, const void *elems, unsigned int group)
+{
+	struct io_uring_sqe *sqe = char_cmd(ring, fd, op, cmd, sizeof(*cmd));
+
+	sqe->addr = (uintptr_t)elems;
+	if (op == UBLK_U_IO_FETCH_IO_CMDS) {
+		sqe->flags |= IOSQE_BUFFER_SELECT;
+		sqe->buf_group = group;
+		sqe->rw_flags = IORING_URING_CMD_MULTISHOT;
+	}
 	return sqe;
 }
 

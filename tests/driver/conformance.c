@@ -33,21 +33,8 @@ static uint32_t make(uint64_t flags)
 	struct ublksrv_ctrl_dev_info info;
 	int err = add(&c, &info, QUEUES, DEPTH, flags);
 
-	if (err) {
-		errno = -err;
-		die("add");
-	}
+	must(err, "add");
 	return info.dev_id;
-}
-
-static void drop(uint32_t id)
-{
-	int err = control(&c, UBLK_U_CMD_DEL_DEV, id, NULL, 0, 0);
-
-	if (err) {
-		errno = -err;
-		die("delete");
-	}
 }
 
 static void add_cases(void)
@@ -96,7 +83,7 @@ static void add_cases(void)
 		say(name, info.flags & 0x1bd);
 		snprintf(name, sizeof(name), "%s.rest", cases[i].name);
 		say(name, info.state * 1000000l + info.max_io_buf_bytes);
-		drop(info.dev_id);
+		delete_device(&c, info.dev_id);
 	}
 }
 
@@ -164,7 +151,7 @@ static void control_cases(void)
 		snprintf(name, sizeof(name), "affinity.%u", i);
 		say(name, err ? err : buf[0]);
 	}
-	drop(id);
+	delete_device(&c, id);
 	say("deleted", raw(UBLK_U_CMD_GET_DEV_INFO, (struct ublksrv_ctrl_cmd){
 		.dev_id = id, .len = 64, .addr = (uintptr_t)buf }));
 }
@@ -226,7 +213,7 @@ static void param_cases(void)
 		snprintf(name, sizeof(name), "%s.read-back", cases[i].name);
 		say(name, err ? err : (long)(got.types & ~(UBLK_PARAM_TYPE_DEVT | UBLK_PARAM_TYPE_ZONED)));
 	}
-	drop(id);
+	delete_device(&c, id);
 }
 
 /* Where the readers below read and write: nobody who looks at a new disk does it here. */
@@ -308,10 +295,7 @@ static long drain(struct server *s, unsigned int of)
 /* Wait a little for more. */
 static void pump(struct server *s)
 {
-	struct __kernel_timespec ts = { 0, 20000000 };
-	struct io_uring_cqe *cqe;
-
-	if (!io_uring_wait_cqe_timeout(&s->ring, &cqe, &ts))
+	if (next_cqe(&s->ring))
 		drain(s, 0);
 }
 
@@ -531,7 +515,7 @@ static void io_cases(const char *kind, uint64_t flags)
 	for (q = 0; q < QUEUES; q++)
 		munmap(s.descs[q], descs_size(DEPTH));
 	close(s.fd);
-	drop(id);
+	delete_device(&c, id);
 #undef SAY
 }
 

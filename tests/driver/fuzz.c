@@ -210,10 +210,6 @@ static void controller(void)
 #define GROUP 1
 #define LISTS 4
 
-#ifndef IORING_URING_CMD_MULTISHOT
-#define IORING_URING_CMD_MULTISHOT (1U << 1)
-#endif
-
 #define NOBODY (~0ull) /* user_data of what no answer is expected to */
 #define FETCHED (~1ull)
 
@@ -271,25 +267,16 @@ static void provide_list(struct io_uring_buf_ring *lists, unsigned int id)
 static void batch(struct io_uring *ring, int fd, uint32_t op, unsigned int q, unsigned int flags, const void *elems,
 		  unsigned int n, uint64_t whose)
 {
-	struct io_uring_sqe *sqe = get_sqe(ring, sizeof(*sqe));
 	struct ublk_batch_io cmd = {
 		.q_id = q, .flags = flags, .nr_elem = n,
-		.elem_bytes = op == UBLK_U_IO_FETCH_IO_CMDS ? 2 : 8 + (flags & 1 ? 8 : 0) + (flags & 2 ? 8 : 0),
+		.elem_bytes = op == UBLK_U_IO_FETCH_IO_CMDS ? sizeof(uint16_t) : elem_size(flags),
 	};
+	struct io_uring_sqe *sqe;
 
 	if (one_in(60))
 		((unsigned char *)&cmd)[rnd(sizeof(cmd))] = rnd(256);
-	sqe->opcode = IORING_OP_URING_CMD;
-	sqe->fd = fd;
-	sqe->cmd_op = op;
-	sqe->addr = (uintptr_t)elems;
+	sqe = batch_cmd(ring, fd, op, &cmd, elems, GROUP + one_in(40));
 	sqe->user_data = whose;
-	memcpy((char *)sqe + 48, &cmd, sizeof(cmd));
-	if (op == UBLK_U_IO_FETCH_IO_CMDS) {
-		sqe->flags |= IOSQE_BUFFER_SELECT;
-		sqe->buf_group = GROUP + one_in(40);
-		sqe->rw_flags = IORING_URING_CMD_MULTISHOT;
-	}
 	if (one_in(60))
 		sqe->flags |= IOSQE_ASYNC;
 }
@@ -298,7 +285,7 @@ static void batch(struct io_uring *ring, int fd, uint32_t op, unsigned int q, un
 static void *any_elems(unsigned int flags, const uint16_t *tags, unsigned int n, bool honest)
 {
 	static char bufs[DEPTH][MAX_IO];
-	unsigned int size = 8 + (flags & 1 ? 8 : 0) + (flags & 2 ? 8 : 0);
+	unsigned int size = elem_size(flags);
 	char *mem = one_in(20) ? any_memory() : memory + MEMORY / 2 + 4096 + rnd(64) * 1024;
 	static char own[24 * 64];
 
@@ -346,10 +333,9 @@ static void batch_server(struct io_uring *ring, int fd, int backing, bool honest
 		batch(ring, fd, UBLK_U_IO_FETCH_IO_CMDS, (first + i) % QUEUES, 0, NULL, 0, FETCHED);
 	io_uring_submit(ring);
 	while (rounds-- && idle < 40) {
-		struct __kernel_timespec ts = { 0, 20000000 };
-		struct io_uring_cqe *cqe;
+		struct io_uring_cqe *cqe = next_cqe(ring);
 
-		if (io_uring_wait_cqe_timeout(ring, &cqe, &ts)) {
+		if (!cqe) {
 			idle++;
 			continue;
 		}
@@ -460,10 +446,9 @@ static void server(void)
 	}
 	io_uring_submit(&ring);
 	while (rounds-- && idle < 40) {
-		struct __kernel_timespec ts = { 0, 20000000 };
-		struct io_uring_cqe *cqe;
+		struct io_uring_cqe *cqe = next_cqe(&ring);
 
-		if (io_uring_wait_cqe_timeout(&ring, &cqe, &ts)) {
+		if (!cqe) {
 			idle++;
 			continue;
 		}

@@ -209,20 +209,7 @@ static void make(uint64_t flags)
 	id = info.dev_id;
 	if (!err)
 		err = set_params(&c, id, &params);
-	if (err) {
-		errno = -err;
-		die("add");
-	}
-}
-
-static void drop(void)
-{
-	int err = control(&c, UBLK_U_CMD_DEL_DEV, id, NULL, 0, 0);
-
-	if (err) {
-		errno = -err;
-		die("delete");
-	}
+	must(err, "add");
 }
 
 static void register_cases(void)
@@ -235,7 +222,7 @@ static void register_cases(void)
 	make(0);
 	say("register.without-flag", reg(p, BUF_BYTES, 0, 0));
 	say("unregister.without-flag", unreg(0));
-	drop();
+	delete_device(&c, id);
 	make(UBLK_F_SHMEM_ZC);
 	say("register.flag", reg(p, BUF_BYTES, 2, 0));
 	say("register.reserved", reg(p, BUF_BYTES, 0, 1));
@@ -256,7 +243,7 @@ static void register_cases(void)
 	say("unregister", unreg(0));
 	say("unregister.again", unreg(0));
 	say("register.reuses", reg(p, PAGE, 0, 0));
-	drop();
+	delete_device(&c, id);
 }
 
 struct writer {
@@ -343,7 +330,7 @@ static void io_cases(const char *kind, uint64_t flags)
 	SAY("wrong", shared->wrong);
 	SAY("stop", control(&c, UBLK_U_CMD_STOP_DEV, id, NULL, 0, 0));
 	waitpid(pid, NULL, 0);
-	drop();
+	delete_device(&c, id);
 #undef SAY
 }
 

@@ -12,10 +12,6 @@
 
 #include "client.h"
 
-#ifndef IORING_URING_CMD_MULTISHOT
-#define IORING_URING_CMD_MULTISHOT (1U << 1)
-#endif
-
 #define DEPTH 4
 #define BYTES (8 << 20)
 #define LEN 8192
@@ -92,27 +88,12 @@ static struct io_uring_sqe *tag_cmd(struct server *s, uint32_t op, unsigned int 
 	return sqe;
 }
 
-static struct io_uring_sqe *batch_cmd(struct server *s, uint32_t op, struct ublk_batch_io cmd, const void *elems)
+static struct io_uring_sqe *batch(struct server *s, uint32_t op, struct ublk_batch_io cmd, const void *elems)
 {
-	struct io_uring_sqe *sqe = get_sqe(&s->ring, sizeof(*sqe));
+	struct io_uring_sqe *sqe = batch_cmd(&s->ring, s->fd, op, &cmd, elems, GROUP);
 
-	sqe->opcode = IORING_OP_URING_CMD;
-	sqe->fd = s->fd;
-	sqe->cmd_op = op;
-	sqe->addr = (uintptr_t)elems;
-	memcpy((char *)sqe + 48, &cmd, sizeof(cmd));
-	if (op == UBLK_U_IO_FETCH_IO_CMDS) {
-		sqe->flags |= IOSQE_BUFFER_SELECT;
-		sqe->buf_group = GROUP;
-		sqe->rw_flags = IORING_URING_CMD_MULTISHOT;
-	}
 	number(s, sqe, 0);
 	return sqe;
-}
-
-static unsigned int elem_size(uint16_t flags)
-{
-	return 8 + (flags & UBLK_BATCH_F_HAS_BUF_ADDR ? 8 : 0) + (flags & UBLK_BATCH_F_HAS_ZONE_LBA ? 8 : 0);
 }
 
 struct elem {
@@ -154,7 +135,7 @@ static void send_batch(struct server *s, uint32_t op, const unsigned int *tags, 
 	char *to = mem[s->asked % 64];
 
 	elems(s, to, tags, n, res);
-	batch_cmd(s, op, batch_io(s, n), to);
+	batch(s, op, batch_io(s, n), to);
 	io_uring_submit(&s->ring);
 }
 
@@ -233,10 +214,7 @@ static long drain(struct server *s, unsigned int of)
 /* Wait a little for more. */
 static void pump(struct server *s)
 {
-	struct __kernel_timespec ts = { 0, 20000000 };
-	struct io_uring_cqe *cqe;
-
-	if (!io_uring_wait_cqe_timeout(&s->ring, &cqe, &ts))
+	if (next_cqe(&s->ring))
 		drain(s, 0);
 }
 
@@ -418,21 +396,8 @@ static struct server make(const char *kind, uint64_t flags)
 	s.id = info.dev_id;
 	if (!err)
 		err = set_params(&c, s.id, &params);
-	if (err) {
-		errno = -err;
-		die("add");
-	}
+	must(err, "add");
 	return s;
-}
-
-static void drop(struct server *s)
-{
-	int err = control(&c, UBLK_U_CMD_DEL_DEV, s->id, NULL, 0, 0);
-
-	if (err) {
-		errno = -err;
-		die("delete");
-	}
 }
 
 static void add_cases(void)
@@ -630,8 +595,8 @@ static void tag_cases(const char *kind, uint64_t flags)
 		tag_cmd(s, UBLK_U_IO_FETCH_REQ, 0, tag, 0, buffer(s, tag), AUTO(tag, UBLK_AUTO_BUF_REG_FALLBACK));
 		io_uring_submit(&s->ring);
 	}
-	SAY("prep", (batch_cmd(s, UBLK_U_IO_PREP_IO_CMDS, batch_io(s, 1), bufs[0]), now(s)));
-	SAY("commit-batch", (batch_cmd(s, UBLK_U_IO_COMMIT_IO_CMDS, batch_io(s, 1), bufs[0]), now(s)));
+	SAY("prep", (batch(s, UBLK_U_IO_PREP_IO_CMDS, batch_io(s, 1), bufs[0]), now(s)));
+	SAY("commit-batch", (batch(s, UBLK_U_IO_COMMIT_IO_CMDS, batch_io(s, 1), bufs[0]), now(s)));
 	SAY("register.armed", reg(s, 0, 8));
 	SAY("start", control_and_serve(s, UBLK_U_CMD_START_DEV, getpid()));
 	buffer_cases(s, true);
@@ -644,18 +609,18 @@ static void tag_cases(const char *kind, uint64_t flags)
 			pump(s);
 	}
 	close_server(s);
-	drop(s);
+	delete_device(&c, s->id);
 }
 
 static long batch_now(struct server *s, uint32_t op, struct ublk_batch_io cmd, const void *elems)
 {
-	batch_cmd(s, op, cmd, elems);
+	batch(s, op, cmd, elems);
 	return now(s);
 }
 
 static long fetch_now(struct server *s, struct ublk_batch_io cmd)
 {
-	batch_cmd(s, UBLK_U_IO_FETCH_IO_CMDS, cmd, NULL);
+	batch(s, UBLK_U_IO_FETCH_IO_CMDS, cmd, NULL);
 	s->fetch = s->asked;
 	s->ended = PENDING;
 	io_uring_submit(&s->ring);
@@ -746,7 +711,7 @@ static void fetch_cases(struct server *s)
 	FETCH("no-queue", cmd.q_id = 1);
 	FETCH("elements", cmd.elem_bytes = 4);
 	FETCH("flags", cmd.flags = 1);
-	sqe = batch_cmd(s, UBLK_U_IO_FETCH_IO_CMDS, good, NULL);
+	sqe = batch(s, UBLK_U_IO_FETCH_IO_CMDS, good, NULL);
 	sqe->flags = sqe->rw_flags = 0;
 	SAY("fetch.one-shot", now(s));
 	SAY("fetch", fetch_now(s, good));
@@ -854,7 +819,7 @@ static void early_case(void)
 	open_lists(s);
 	SAY("fetch", fetch_now(s, (struct ublk_batch_io){ .elem_bytes = 2 }));
 	close_server(s);
-	drop(s);
+	delete_device(&c, s->id);
 }
 
 static void batch_cases(const char *kind, uint64_t flags)
@@ -903,7 +868,7 @@ static void batch_cases(const char *kind, uint64_t flags)
 	send_batch(s, UBLK_U_IO_PREP_IO_CMDS, (unsigned int[]){ 0, 1, 2, 3 }, DEPTH, 0);
 	SAY("prep.after-stop", drain(s, s->asked));
 	close_server(s);
-	drop(s);
+	delete_device(&c, s->id);
 }
 
 /* All tags of the device. */
@@ -1025,7 +990,7 @@ static void death(const char *kind, uint64_t flags)
 	SAY("stop", control(&c, UBLK_U_CMD_STOP_DEV, s->id, NULL, 0, 0));
 	kill(pid, SIGKILL);
 	waitpid(pid, NULL, 0);
-	drop(s);
+	delete_device(&c, s->id);
 }
 
 /* A server that stops its own device while it has a request in its own table, and is killed: it must not wait for itself. */
@@ -1064,7 +1029,7 @@ static void self_stop(const char *kind, uint64_t flags)
 	pthread_join(u.thread, NULL);
 	SAY("self-stop.result", u.result);
 	SAY("self-stop.stop", control(&c, UBLK_U_CMD_STOP_DEV, s->id, NULL, 0, 0));
-	drop(s);
+	delete_device(&c, s->id);
 }
 
 int main(int argc, char **argv)

@@ -262,10 +262,7 @@ static void finish(pthread_t thread)
 	pthread_join(thread, NULL);
 	if (!err)
 		err = control(&c, UBLK_U_CMD_DEL_DEV, id, NULL, 0, 0);
-	if (err) {
-		errno = -err;
-		die("delete");
-	}
+	must(err, "delete");
 }
 
 static void param_cases(void)
@@ -475,10 +472,7 @@ static void liar_cases(void)
 			err = control(&c, UBLK_U_CMD_DEL_DEV, id, NULL, 0, 0);
 		if (cases[i].start_itself)
 			say(cases[i].name, err);
-		if (err) {
-			errno = -err;
-			die("delete");
-		}
+		must(err, "delete");
 	}
 }
 
