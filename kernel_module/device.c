@@ -107,7 +107,6 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 {
 	const u64 recovery = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE |
 			     UBLK_F_USER_RECOVERY_FAIL_IO;
-	const u64 moves_data = UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG;
 
 	switch (info->flags & recovery) {
 	case 0:
@@ -127,7 +126,7 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 		/* nor be able to pin any amount of memory */
 		info->flags &= ~UBLK_F_SHMEM_ZC;
 		/* nor be shown what was in memory that the server was to fill, and didn't */
-		if (info->flags & UBLK_FEATURES & moves_data)
+		if (info->flags & UBLK_FEATURES & UBLK_MOVES_DATA)
 			return -EINVAL;
 	}
 	info->flags &= UBLK_FEATURES;
@@ -135,7 +134,7 @@ static int ublk_negotiate(struct ublksrv_ctrl_dev_info *info)
 	/* where an append's data went is told in the place of a buffer's address */
 	if ((info->flags & UBLK_F_ZONED) && !(info->flags & (UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)))
 		return -EINVAL;
-	if (info->flags & moves_data)
+	if (info->flags & UBLK_MOVES_DATA)
 		info->flags &= ~UBLK_F_NEED_GET_DATA;
 	if (info->flags & UBLK_F_BATCH_IO)
 		info->flags &= ~(UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON);
@@ -305,6 +304,14 @@ static void ublk_scan(struct work_struct *work)
 	ublk_put(ub);
 }
 
+/* With a reference, which the work puts. The caller has one, too. */
+static void ublk_queue_work(struct ublk_device *ub, struct workqueue_struct *wq, struct work_struct *work)
+{
+	get_device(&ub->dev);
+	if (!queue_work(wq, work))
+		ublk_put(ub);
+}
+
 static void ublk_begin_scan(struct ublk_device *ub, struct gendisk *disk)
 {
 	/* a disk served by an ordinary user stays unscanned: its content could be anything */
@@ -313,9 +320,7 @@ static void ublk_begin_scan(struct ublk_device *ub, struct gendisk *disk)
 	clear_bit(GD_SUPPRESS_PART_SCAN, &disk->state);
 	if (ublk_has(ub, UBLK_F_NO_AUTO_PART_SCAN))
 		return;
-	get_device(&ub->dev);
-	if (!queue_work(ublk_wq, &ub->scan_work))
-		ublk_put(ub);
+	ublk_queue_work(ub, ublk_wq, &ub->scan_work);
 }
 
 /*
@@ -435,12 +440,9 @@ static void ublk_remove_disk(struct ublk_device *ub)
 
 static void ublk_stop_locked(struct ublk_device *ub)
 {
-	bool used;
-
 	ublk_remove_disk(ub);
 	spin_lock(&ub->lock);
-	used = ub->started || ub->served;
-	ub->stopped = used;
+	ub->stopped = ub->started || ub->served;
 	spin_unlock(&ub->lock);
 	ublk_give_back_armed(ub);
 }
@@ -457,12 +459,10 @@ static void ublk_stop_in_work(struct work_struct *work)
 	ublk_put(ub);
 }
 
-/* For a caller with a reference, in any context that may hold ub->lock. */
+/* Also under ub->lock. */
 void ublk_begin_stop(struct ublk_device *ub)
 {
-	get_device(&ub->dev);
-	if (!queue_work(ublk_stop_wq, &ub->stop_work))
-		ublk_put(ub);
+	ublk_queue_work(ub, ublk_stop_wq, &ub->stop_work);
 }
 
 /*

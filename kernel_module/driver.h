@@ -242,9 +242,11 @@ static inline bool ublk_req_has_data(const struct request *req)
 }
 
 /* No copy by the driver. */
+#define UBLK_MOVES_DATA (UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG)
+
 static inline bool ublk_server_moves_data(const struct ublk_device *ub)
 {
-	return ublk_has(ub, UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_AUTO_BUF_REG);
+	return ublk_has(ub, UBLK_MOVES_DATA);
 }
 
 /* Then there are two more whose data the server moves. */
