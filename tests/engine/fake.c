@@ -116,7 +116,7 @@ static int fake_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t f
 	(void)flags;
 	CHECK_EQ(res, 0);
 	if (fake_deliver(f, tag))
-		return ublkd_dispatch_request(q, tag);
+		return ublkd_dispatch_requests(q, &tag, 1);
 	if (f->hold)
 		f->held[tag] = true;
 	else
@@ -124,10 +124,12 @@ static int fake_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t f
 	return 0;
 }
 
-static void fake_commit(struct ublkd_queue *q, struct ublkd_io *io)
+static void fake_commit(struct ublkd_queue *q, struct ublkd_io *const *ios, unsigned n)
 {
-	fake_answered(fake_of(q), io->tag, io->result);
-	queue_nop(q, io->tag);
+	for (unsigned i = 0; i < n; i++) {
+		fake_answered(fake_of(q), ios[i]->tag, ios[i]->result);
+		queue_nop(q, ios[i]->tag);
+	}
 }
 
 static void fake_flush(struct ublkd_queue *q)

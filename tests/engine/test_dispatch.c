@@ -417,7 +417,7 @@ static int twice_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t 
 {
 	int ret = fake_copy.cqe(q, tag, res, flags);
 
-	return ret < 0 ? ret : ublkd_dispatch_request(q, tag);
+	return ret < 0 ? ret : ublkd_dispatch_requests(q, &tag, 1);
 }
 
 static void test_busy_tag(void)

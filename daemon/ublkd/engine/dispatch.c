@@ -6,26 +6,31 @@
 #include "error.h"
 #include "stats.h"
 
-/* 0 if a target may see the request, else the errno to answer it with. */
-static int check_request(const struct ublkd_queue *q, const struct ublkd_io *io, uint64_t bytes)
-{
-	uint64_t size = __atomic_load_n(q->dev_bytes, __ATOMIC_RELAXED);
+/* Sectors here are of 512 bytes, as the driver counts. */
+#define SECTOR_SHIFT 9
 
-	switch (io->op) {
+/* 0 if a target may see the request, else the errno to answer it with. dev_sectors: what the device has. */
+static inline int check_request(const struct ublkd_queue *q, const struct ublksrv_io_desc *iod, uint8_t op,
+			 uint64_t dev_sectors)
+{
+	const uint32_t sectors = iod->nr_sectors;
+	uint32_t most;
+
+	switch (op) {
 	case UBLKD_OP_FLUSH:
 		return 0;
 	case UBLKD_OP_READ:
 	case UBLKD_OP_WRITE:
-		if (bytes > q->p.max_io_bytes)
-			return -EIO;
+		most = q->p.max_io_bytes >> SECTOR_SHIFT;
 		break;
 	case UBLKD_OP_DISCARD:
 	case UBLKD_OP_WRITE_ZEROES:
+		most = UINT32_MAX >> SECTOR_SHIFT;
 		break;
 	default:
 		return -EOPNOTSUPP;
 	}
-	if (bytes == 0 || bytes > UINT32_MAX || bytes > size || io->offset > size - bytes)
+	if (sectors == 0 || sectors > most || sectors > dev_sectors || iod->start_sector > dev_sectors - sectors)
 		return -EIO;
 	return 0;
 }
@@ -33,14 +38,13 @@ static int check_request(const struct ublkd_queue *q, const struct ublkd_io *io,
 /* Does the engine carry io's data between the driver and io->buf? */
 static bool carries_data(const struct ublkd_queue *q, const struct ublkd_io *io)
 {
-	return (q->target->ops->flags & UBLKD_TARGET_WANTS_BUFFER) && !q->tp->needs_buffers && !io->fixed;
+	return q->carries && !io->fixed;
 }
 
-int ublkd_dispatch_request(struct ublkd_queue *q, uint16_t tag)
+static inline int dispatch(struct ublkd_queue *q, uint16_t tag, uint64_t dev_sectors)
 {
 	struct ublkd_io *io = &q->ios[tag];
 	const struct ublksrv_io_desc *iod = &q->iods[tag];
-	uint64_t bytes;
 	int err;
 
 	if (io->state != UBLKD_IO_DRIVER)
@@ -51,17 +55,13 @@ int ublkd_dispatch_request(struct ublkd_queue *q, uint16_t tag)
 	q->in_hand++;
 	io->op = iod->op_flags & 0xff;
 	io->flags = iod->op_flags;
-	/* A sector beyond all bytes must not come round to the front of the device. */
-	io->offset = iod->start_sector <= UINT64_MAX >> 9 ? iod->start_sector << 9 : UINT64_MAX;
-	bytes = (uint64_t)iod->nr_sectors << 9;
-	io->length = io->op == UBLKD_OP_FLUSH ? 0 : (uint32_t)bytes;
+	io->offset = iod->start_sector << SECTOR_SHIFT;
+	io->length = io->op == UBLKD_OP_FLUSH ? 0 : iod->nr_sectors << SECTOR_SHIFT;
 	io->start_ns = q->now_ns;
 	memset(io->priv, 0, sizeof(io->priv));
-	ublkd_stat_add(&q->shm->started, 1);
 
-	err = check_request(q, io, bytes);
-	io->fixed = q->tp->registers && (q->target->ops->flags & UBLKD_TARGET_TAKES_FIXED) &&
-		    !(io->flags & UBLK_IO_F_NEED_REG_BUF);
+	err = check_request(q, iod, io->op, dev_sectors);
+	io->fixed = q->fixes && !(io->flags & UBLK_IO_F_NEED_REG_BUF);
 	if (!err && io->op == UBLKD_OP_WRITE && carries_data(q, io)) {
 		int64_t n = q->tp->pull(q, io, 0, io->buf, io->length);
 
@@ -73,6 +73,25 @@ int ublkd_dispatch_request(struct ublkd_queue *q, uint16_t tag)
 	}
 	q->events[q->nr_events++] = (struct ublkd_event){ .io = io, .kind = UBLKD_EVENT_REQUEST };
 	return 0;
+}
+
+int ublkd_dispatch_requests(struct ublkd_queue *q, const uint16_t *tags, unsigned n)
+{
+	const uint64_t dev_sectors = __atomic_load_n(q->dev_bytes, __ATOMIC_RELAXED) >> SECTOR_SHIFT;
+	int ret = 0;
+
+	for (unsigned i = 0; i < n; i++) {
+		int err;
+
+		if (tags[i] < q->p.depth)
+			err = dispatch(q, tags[i], dev_sectors);
+		else
+			err = ublkd_error(-EPROTO, "queue %u: a request for tag %u, which there is not", q->p.qid,
+					  tags[i]);
+		if (err < 0 && !ret)
+			ret = err;
+	}
+	return ret;
 }
 
 void ublkd_dispatch_gone(struct ublkd_queue *q, uint16_t tag)
@@ -101,6 +120,7 @@ void ublkd_io_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res)
 
 void ublkd_dispatch_done(struct ublkd_queue *q)
 {
+	struct ublkd_stat_run run = { 0 };
 	uint64_t now;
 
 	if (!q->nr_done)
@@ -114,10 +134,15 @@ void ublkd_dispatch_done(struct ublkd_queue *q)
 
 			io->result = (int32_t)n;
 		}
-		ublkd_stat_complete(q->shm, io, now - io->start_ns);
+		if (!ublkd_stat_alike(&run, io)) {
+			ublkd_stat_complete(q->shm, &run, now);
+			run = (struct ublkd_stat_run){ .op = io->op, .start_ns = io->start_ns };
+		}
+		ublkd_stat_count(&run, io);
 		io->state = UBLKD_IO_DRIVER;
-		q->tp->commit(q, io);
 	}
+	q->tp->commit(q, q->done, q->nr_done);
+	ublkd_stat_complete(q->shm, &run, now);
 	q->in_hand -= q->nr_done;
 	q->nr_done = 0;
 }

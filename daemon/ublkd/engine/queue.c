@@ -177,6 +177,8 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 		q->p.shares = 1;
 	q->tp = tp;
 	q->target = target;
+	q->carries = (target->ops->flags & UBLKD_TARGET_WANTS_BUFFER) && !tp->needs_buffers;
+	q->fixes = (target->ops->flags & UBLKD_TARGET_TAKES_FIXED) && tp->registers;
 	q->iods = params->cmdbuf;
 	q->ring.ring_fd = -1;
 	q->wait.most_ns = q->wait.next_ns = params->poll_us * 1000ull;
@@ -329,6 +331,7 @@ static int reap(struct ublkd_queue *q)
 			ret = err;
 	}
 	io_uring_cq_advance(&q->ring, n);
+	ublkd_stat_set(&q->shm->started, q->shm->completed + q->in_hand);
 	return ret;
 }
 

@@ -51,6 +51,8 @@ struct ublkd_queue {
 	unsigned in_hand; /* requests taken up and not yet committed */
 	enum ublkd_drain drain;
 	unsigned nr_files;
+	bool carries; /* the engine moves data between the driver and io->buf, but for registered pages */
+	bool fixes;   /* requests come with registered pages, and the target takes them */
 	bool armed;
 	bool wake_armed;
 	bool woken;

@@ -2,8 +2,8 @@
 /*
  * How requests and their data cross between the driver and a queue. One set
  * of callbacks per transport; everything above (dispatch, targets) is the same
- * on all of them: cqe() may dispatch any number of requests, and flush() comes
- * once per pass after the last commit().
+ * on all of them: cqe() may dispatch any number of requests, commit() has
+ * all the answers of a pass, and flush() comes after it.
  */
 #ifndef UBLKD_TRANSPORT_H
 #define UBLKD_TRANSPORT_H
@@ -28,9 +28,9 @@ struct ublkd_transport {
 	 * tag is what the transport put there.
 	 */
 	int (*cqe)(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t flags);
-	/* Answer io with io->result and ask for its tag's next request. */
-	void (*commit)(struct ublkd_queue *q, struct ublkd_io *io);
-	/* Optional: the pass has made its last commit. */
+	/* Answer each of n >= 1 requests with its result, and ask for its tag's next. */
+	void (*commit)(struct ublkd_queue *q, struct ublkd_io *const *ios, unsigned n);
+	/* Optional: the pass is about to end, with a commit() or without. */
 	void (*flush)(struct ublkd_queue *q);
 	/* Optional: the ring is gone; free what arm() made. */
 	void (*close)(struct ublkd_queue *q);

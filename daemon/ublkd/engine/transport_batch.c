@@ -237,21 +237,11 @@ static void idle_tags_gone(struct ublkd_queue *q)
 static int take_tags(struct ublkd_queue *q, unsigned id, unsigned bytes)
 {
 	struct ublkd_batch *b = q->batch;
-	int ret = 0;
+	int ret;
 
 	if (id >= b->nr_buffers || bytes > b->buffer_tags * sizeof(uint16_t) || bytes % sizeof(uint16_t))
 		return ublkd_error(-EPROTO, "queue %u: the driver filled buffer %u with %u bytes", q->p.qid, id, bytes);
-	for (unsigned i = 0; i < bytes / sizeof(uint16_t); i++) {
-		const uint16_t tag = buffer(b, id)[i];
-		int err;
-
-		if (tag < q->p.depth)
-			err = ublkd_dispatch_request(q, tag);
-		else
-			err = ublkd_error(-EPROTO, "queue %u: a request for tag %u, which there is not", q->p.qid, tag);
-		if (err < 0 && !ret)
-			ret = err;
-	}
+	ret = ublkd_dispatch_requests(q, buffer(b, id), bytes / (unsigned)sizeof(uint16_t));
 	provide(b, id);
 	return ret;
 }
@@ -298,15 +288,16 @@ static bool all_read(const struct ublkd_queue *q)
 	return io_uring_sq_ready(&q->ring) <= q->ring.sq.sqe_tail - q->batch->sq_mark;
 }
 
-static void batch_commit(struct ublkd_queue *q, struct ublkd_io *io)
+static void batch_commit(struct ublkd_queue *q, struct ublkd_io *const *ios, unsigned n)
 {
 	struct ublkd_batch *b = q->batch;
 
 	/* From the front, if that is free: a COMMIT can't go round the end. */
 	if (!b->nr_waiting && all_read(q))
 		b->put = 0;
-	add_elem(q, io->tag, io->result);
-	b->nr_waiting++;
+	for (unsigned i = 0; i < n; i++)
+		add_elem(q, ios[i]->tag, ios[i]->result);
+	b->nr_waiting += n;
 }
 
 static void batch_flush(struct ublkd_queue *q)

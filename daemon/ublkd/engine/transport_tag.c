@@ -37,16 +37,17 @@ static int tag_arm(struct ublkd_queue *q)
 	return 0;
 }
 
-static void tag_commit(struct ublkd_queue *q, struct ublkd_io *io)
+static void tag_commit(struct ublkd_queue *q, struct ublkd_io *const *ios, unsigned n)
 {
-	queue_cmd(q, UBLK_U_IO_COMMIT_AND_FETCH_REQ, io, io->result);
+	for (unsigned i = 0; i < n; i++)
+		queue_cmd(q, UBLK_U_IO_COMMIT_AND_FETCH_REQ, ios[i], ios[i]->result);
 }
 
 static int tag_cqe(struct ublkd_queue *q, uint16_t tag, int32_t res, uint32_t flags)
 {
 	(void)flags;
 	if (res == UBLK_IO_RES_OK)
-		return ublkd_dispatch_request(q, tag);
+		return ublkd_dispatch_requests(q, &tag, 1);
 	if (res == UBLK_IO_RES_ABORT) {
 		ublkd_dispatch_gone(q, tag);
 		return 0;
