@@ -103,46 +103,46 @@ void ublkd_dispatch_gone(struct ublkd_queue *q, uint16_t tag)
 	io->state = UBLKD_IO_GONE;
 }
 
-void ublkd_io_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res)
+/*
+ * Answers, one after the other in q->done from number i on, of requests of one
+ * operation that arrived together: of a pass over a fast target's, all. They
+ * are counted as one. Returns the number of the next.
+ */
+static unsigned finish_run(struct ublkd_queue *q, unsigned i, uint64_t now)
 {
-	/* A second answer would free a tag that may already carry another request. */
-	if (io->state != UBLKD_IO_SERVER)
-		return;
-	if (res > 0 && (uint32_t)res > io->length)
-		res = -EIO;
-	/* The driver issues the rest of a short transfer again: for ever, if that is all of it. */
-	if (res == 0 && (io->op == UBLKD_OP_READ || io->op == UBLKD_OP_WRITE))
-		res = -EIO;
-	io->result = res;
-	io->state = UBLKD_IO_DONE;
-	q->done[q->nr_done++] = io;
-}
+	const struct ublkd_io *first = q->done[i];
+	struct ublkd_io *io = q->done[i];
+	struct ublkd_stat_run run = { .op = first->op, .ns = now - first->start_ns };
 
-void ublkd_dispatch_done(struct ublkd_queue *q)
-{
-	struct ublkd_stat_run run = { 0 };
-	uint64_t now;
-
-	if (!q->nr_done)
-		return;
-	now = ublkd_now_ns();
-	for (unsigned i = 0; i < q->nr_done; i++) {
-		struct ublkd_io *io = q->done[i];
-
+	do {
 		if (io->op == UBLKD_OP_READ && io->result > 0 && carries_data(q, io)) {
 			int64_t n = q->tp->push(q, io, 0, io->buf, (uint32_t)io->result);
 
 			io->result = (int32_t)n;
 		}
-		if (!ublkd_stat_alike(&run, io)) {
-			ublkd_stat_complete(q->shm, &run, now);
-			run = (struct ublkd_stat_run){ .op = io->op, .start_ns = io->start_ns };
-		}
-		ublkd_stat_count(&run, io);
+		run.ios++;
+		run.bytes += io->length;
+		run.errors += io->result < 0;
+		run.fua += (io->flags & UBLKD_RQ_FUA) != 0;
 		io->state = UBLKD_IO_DRIVER;
-	}
+		if (++i == q->nr_done)
+			break;
+		io = q->done[i];
+	} while (io->op == first->op && io->start_ns == first->start_ns);
+	ublkd_stat_complete(q->shm, run);
+	return i;
+}
+
+void ublkd_dispatch_done(struct ublkd_queue *q)
+{
+	uint64_t now;
+
+	if (!q->nr_done)
+		return;
+	now = ublkd_now_ns();
+	for (unsigned i = 0; i < q->nr_done;)
+		i = finish_run(q, i, now);
 	q->tp->commit(q, q->done, q->nr_done);
-	ublkd_stat_complete(q->shm, &run, now);
 	q->in_hand -= q->nr_done;
 	q->nr_done = 0;
 }

@@ -3,6 +3,7 @@
 #ifndef UBLKD_QUEUE_H
 #define UBLKD_QUEUE_H
 
+#include <errno.h>
 #include <liburing.h>
 
 #include "buffer.h"
@@ -69,7 +70,20 @@ extern const struct ublkd_services ublkd_services;
 /* Services, for targets and transports inside the engine; target.h documents them. */
 struct io_uring_sqe *ublkd_queue_sqe(struct ublkd_queue *q);
 void ublkd_sqe_own(struct ublkd_queue *q, struct io_uring_sqe *sqe, struct ublkd_io *io, uint8_t slot);
-void ublkd_io_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res);
+static inline void ublkd_io_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res)
+{
+	/* A second answer would free a tag that may already carry another request. */
+	if (io->state != UBLKD_IO_SERVER)
+		return;
+	if (res > 0 && (uint32_t)res > io->length)
+		res = -EIO;
+	/* The driver issues the rest of a short transfer again: for ever, if that is all of it. */
+	if (res == 0 && (io->op == UBLKD_OP_READ || io->op == UBLKD_OP_WRITE))
+		res = -EIO;
+	io->result = res;
+	io->state = UBLKD_IO_DONE;
+	q->done[q->nr_done++] = io;
+}
 
 /* As ublkd_queue_create(), on a given transport: for tests, which bring their own. */
 int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct ublkd_transport *tp,

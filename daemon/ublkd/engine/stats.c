@@ -19,19 +19,16 @@ static enum ublkd_shm_op op_index(uint8_t op)
 	}
 }
 
-void ublkd_stat_complete(struct ublkd_shm_queue *shm, const struct ublkd_stat_run *run, uint64_t now)
+void ublkd_stat_complete(struct ublkd_shm_queue *shm, struct ublkd_stat_run run)
 {
-	struct ublkd_shm_counters *c = &shm->op[op_index(run->op)];
-	const uint64_t ns = now - run->start_ns;
+	struct ublkd_shm_counters *c = &shm->op[op_index(run.op)];
 
-	if (!run->ios)
-		return;
-	ublkd_stat_add(&c->ios, run->ios);
-	ublkd_stat_add(&c->bytes, run->bytes);
-	ublkd_stat_add(&c->errors, run->errors);
-	ublkd_stat_add(&c->lat_ns, ns * run->ios);
-	ublkd_stat_add(&c->hist[ublkd_stat_bucket(ns)], run->ios);
-	if (run->op == UBLKD_OP_WRITE)
-		ublkd_stat_add(&shm->fua, run->fua);
-	ublkd_stat_add(&shm->completed, run->ios);
+	ublkd_stat_add(&c->ios, run.ios);
+	ublkd_stat_add(&c->bytes, run.bytes);
+	ublkd_stat_add(&c->errors, run.errors);
+	ublkd_stat_add(&c->lat_ns, run.ns * run.ios);
+	ublkd_stat_add(&c->hist[ublkd_stat_bucket(run.ns)], run.ios);
+	if (run.op == UBLKD_OP_WRITE)
+		ublkd_stat_add(&shm->fua, run.fua);
+	ublkd_stat_add(&shm->completed, run.ios);
 }

@@ -40,12 +40,9 @@ static inline unsigned ublkd_stat_bucket(uint64_t ns)
 	return i < UBLKD_SHM_HIST_BUCKETS ? i : UBLKD_SHM_HIST_BUCKETS - 1;
 }
 
-/*
- * Answers, one after the other, of requests of one operation that arrived
- * together: of a pass over a fast target's, all. They are counted as one.
- */
+/* Answered requests that differ in length at most. */
 struct ublkd_stat_run {
-	uint64_t start_ns;
+	uint64_t ns; /* that each took */
 	uint64_t bytes;
 	uint32_t ios;
 	uint32_t errors;
@@ -53,20 +50,6 @@ struct ublkd_stat_run {
 	uint8_t op;
 };
 
-static inline bool ublkd_stat_alike(const struct ublkd_stat_run *run, const struct ublkd_io *io)
-{
-	return run->start_ns == io->start_ns && run->op == io->op;
-}
-
-static inline void ublkd_stat_count(struct ublkd_stat_run *run, const struct ublkd_io *io)
-{
-	run->ios++;
-	run->bytes += io->length;
-	run->errors += io->result < 0;
-	run->fua += !!(io->flags & UBLKD_RQ_FUA);
-}
-
-/* Add a run, none of which may be left out, to the counters; it ends now. */
-void ublkd_stat_complete(struct ublkd_shm_queue *shm, const struct ublkd_stat_run *run, uint64_t now);
+void ublkd_stat_complete(struct ublkd_shm_queue *shm, struct ublkd_stat_run run);
 
 #endif
