@@ -305,7 +305,10 @@ class Kublk(Peer):
         self.log = log = lab.directory / f"{self.name}-{self.queues}.log"
         command = [self.path(), "add", "--foreground", *map(str, self.arguments(lab))]
         with log.open("w") as output:
-            self.server = server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            # a session of its own, as all the others that go to the background by themselves have
+            self.server = server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
         lab.later(server.wait)
         wait_for("the start of kublk", lambda: "daemon pid" in log.read_text() or server.poll() is not None)
         return log.read_text()

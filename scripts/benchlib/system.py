@@ -132,6 +132,13 @@ def without_scheduler(device: str) -> None:
             raise BenchError(f"{device} keeps its scheduler: {scheduler.read_text().strip()}")
 
 
+def one_group() -> None:
+    """No autogroups: what is a session of its own, as daemons are, would be a group to the scheduler, and every
+    change to it and back dearer than to servers in fio's session and to the kernel's threads, which have none.
+    """
+    write(Path("/proc/sys/kernel/sched_autogroup_enabled"), "0")
+
+
 def drop_caches() -> None:
     """Clean pages, dentries and inodes of the whole machine."""
     os.sync()
