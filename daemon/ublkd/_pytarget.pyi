@@ -64,12 +64,13 @@ class Request:
     def copy_from(self, source: Buffer, off: int | None = None) -> None:
         """Deliver source[off:off+length]; off defaults to the request's offset. Reads only.
 
-        ValueError if that is not all inside source.
+        ValueError if that is not all inside source, OSError if its memory can't be had. Leave source as it is
+        until the request is answered if you go on to look at its data.
         """
     def copy_to(self, destination: Buffer, off: int | None = None) -> None:
         """Store the data at destination[off:off+length]; zeroes for a discard or a write of zeroes.
 
-        ValueError if that is not all inside destination.
+        ValueError if that is not all inside destination, OSError if its memory can't be had.
         """
     def zero(self) -> None:
         """Deliver zeroes. Reads only."""

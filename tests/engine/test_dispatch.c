@@ -27,6 +27,7 @@ static int scripted_open(struct ublkd_target *t, struct ublkd_queue *q)
 	CHECK_EQ(t->sv->depth(q), q->p.depth);
 	CHECK_EQ(t->sv->qid(q), q->p.qid);
 	CHECK_EQ(t->sv->max_io_bytes(q), q->p.max_io_bytes);
+	CHECK_EQ(t->sv->driver_copies(q), q->tp->needs_buffers);
 	CHECK(t->sv->shm(q) == q->shm);
 	for (unsigned tag = 0; tag < q->p.depth; tag++)
 		CHECK_EQ(t->sv->io(q, tag)->tag, tag);
@@ -307,6 +308,40 @@ static void test_buffers(const struct ublkd_transport *tp)
 	CHECK(all_bytes(in + 1024, sizeof(in) - 1024, 0));
 }
 
+/* A target that moves the data itself finds its buffer as it left it, and nothing of it is delivered. */
+static void move_data(struct scripted *s, struct ublkd_queue *q, struct ublkd_io *io)
+{
+	char bytes[4096];
+
+	CHECK(io->buf);
+	CHECK_EQ(((char *)io->buf)[0], 0);
+	if (io->op == UBLKD_OP_WRITE) {
+		CHECK_EQ(s->t.sv->pull(q, io, 0, bytes, sizeof(bytes)), sizeof(bytes));
+		CHECK(all_bytes(bytes, sizeof(bytes), 'w'));
+	} else {
+		memset(bytes, 'r', sizeof(bytes));
+		CHECK_EQ(s->t.sv->push(q, io, 0, bytes, 1024), 1024);
+	}
+	s->t.sv->complete(q, io, (int32_t)io->length);
+}
+
+static void test_target_moves_data(void)
+{
+	struct scripted s = scripted(move_data);
+	char in[4096], out[4096];
+	struct fake_request reqs[] = {
+		{ .op = UBLKD_OP_WRITE, .sectors = 8, .data = out },
+		{ .op = UBLKD_OP_READ, .sectors = 8, .data = in },
+	};
+
+	memset(out, 'w', sizeof(out));
+	memset(in, 0, sizeof(in));
+	s.ops.flags = UBLKD_TARGET_WANTS_BUFFER | UBLKD_TARGET_MOVES_DATA;
+	serve(&s, fake_new(1 << 20), &fake_user_copy, reqs, 2);
+	CHECK(all_bytes(in, 1024, 'r'));
+	CHECK(!all_bytes(in + 1024, 16, 0)); /* what the request's pages held before */
+}
+
 /* The driver moves no data: its file ends where the tag's data should be. */
 static void lose_data(struct fake *f, struct fake_request *r)
 {
@@ -499,6 +534,7 @@ int main(void)
 	test_late_answer();
 	test_buffers(&fake_copy);
 	test_buffers(&fake_user_copy);
+	test_target_moves_data();
 	test_pull_fails();
 	test_push_fails();
 	test_sqes(1);

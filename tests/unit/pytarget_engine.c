@@ -2,10 +2,13 @@
 /*
  * Plays the engine for the Python target: gives it the services of target.h,
  * delivers requests, records answers and carries out what it queues on the
- * ring when told to, whole or in part. Built by test_pytarget_callout.py.
+ * ring when told to, whole or in part. Apart from the buffers, as on user copy,
+ * a request's data is where only pull and push reach it, and these know a
+ * write from a read. Built by test_pytarget_callout.py.
  */
 #include <errno.h>
 #include <liburing.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -27,6 +30,11 @@ struct ublkd_queue {
 	unsigned depth, qid;
 	uint32_t max_io;
 	struct ublkd_io *ios;
+	bool apart;       /* the driver does not copy */
+	char **pages;     /* per tag: the request's data; if not apart, the buffer */
+	int move_error;   /* what pull and push fail with */
+	unsigned moves;   /* by them */
+	unsigned straight; /* of these, not to or from the tag's buffer */
 	int *answers;     /* per tag */
 	char *answered;   /* per tag: 0 open, 1 answered */
 	unsigned double_answers;
@@ -44,15 +52,42 @@ static void sv_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res)
 	q->answers[io->tag] = res;
 }
 
-static int64_t sv_move(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, void *dst, uint32_t len)
+/* May it be? Then 0, or what it is to fail with. */
+static int64_t move(struct ublkd_queue *q, struct ublkd_io *io, unsigned op, uint32_t off, const void *mem,
+		    uint32_t len)
 {
-	(void)q, (void)io, (void)off, (void)dst, (void)len;
-	abort(); /* the target asked for buffers */
+	if (!q->apart || io->op != op || q->answered[io->tag] || off > io->length || len > io->length - off)
+		abort();
+	if (q->move_error)
+		return q->move_error;
+	q->moves++;
+	q->straight += mem != (char *)io->buf + off;
+	return 0;
+}
+
+static int64_t sv_pull(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, void *dst, uint32_t len)
+{
+	int64_t err = move(q, io, UBLKD_OP_WRITE, off, dst, len);
+
+	if (err)
+		return err;
+	memcpy(dst, q->pages[io->tag] + off, len);
+	return len;
 }
 
 static int64_t sv_push(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, const void *src, uint32_t len)
 {
-	return sv_move(q, io, off, (void *)src, len);
+	int64_t err = move(q, io, UBLKD_OP_READ, off, src, len);
+
+	if (err)
+		return err;
+	memcpy(q->pages[io->tag] + off, src, len);
+	return len;
+}
+
+static bool sv_driver_copies(const struct ublkd_queue *q)
+{
+	return !q->apart;
 }
 
 static struct io_uring_sqe *sv_sqe(struct ublkd_queue *q)
@@ -105,8 +140,12 @@ void engine_destroy(struct ublkd_queue *q)
 			q->target->ops->close(q->target, q);
 		q->target->ops->destroy(q->target);
 	}
-	for (unsigned i = 0; i < q->depth; i++)
+	for (unsigned i = 0; i < q->depth; i++) {
 		free(q->ios[i].buf);
+		if (q->apart)
+			free(q->pages[i]);
+	}
+	free(q->pages);
 	free(q->ios);
 	free(q->answers);
 	free(q->answered);
@@ -116,19 +155,21 @@ void engine_destroy(struct ublkd_queue *q)
 }
 
 /* Takes over the target at this address; NULL if it refuses to open. */
-struct ublkd_queue *engine_create(uintptr_t target, unsigned depth, uint32_t max_io, unsigned qid)
+struct ublkd_queue *engine_create(uintptr_t target, unsigned depth, uint32_t max_io, unsigned qid, bool apart)
 {
 	struct ublkd_queue *q = calloc(1, sizeof(*q));
 	struct ublkd_target *t = (struct ublkd_target *)target;
 
 	q->sv = (struct ublkd_services){
-		.size = sizeof(q->sv), .complete = sv_complete, .pull = sv_move, .push = sv_push,
+		.size = sizeof(q->sv), .complete = sv_complete, .pull = sv_pull, .push = sv_push,
 		.sqe = sv_sqe, .sqe_own = sv_sqe_own, .io = sv_io, .depth = sv_depth, .qid = sv_qid,
-		.max_io_bytes = sv_max_io_bytes, .shm = sv_shm,
+		.max_io_bytes = sv_max_io_bytes, .shm = sv_shm, .driver_copies = sv_driver_copies,
 	};
 	q->depth = depth;
 	q->qid = qid;
 	q->max_io = max_io;
+	q->apart = apart;
+	q->pages = calloc(depth, sizeof(*q->pages));
 	q->ios = calloc(depth, sizeof(*q->ios));
 	q->answers = calloc(depth, sizeof(*q->answers));
 	q->answered = calloc(depth, 1);
@@ -138,7 +179,9 @@ struct ublkd_queue *engine_create(uintptr_t target, unsigned depth, uint32_t max
 		q->ios[i].tag = (uint16_t)i;
 		/* Exactly max_io bytes each: a sanitizer then sees the first byte beyond. */
 		q->ios[i].buf = malloc(max_io);
-		memset(q->ios[i].buf, 0xee, max_io);
+		memset(q->ios[i].buf, 0, max_io);
+		q->pages[i] = apart ? malloc(max_io) : q->ios[i].buf;
+		memset(q->pages[i], 0xee, max_io);
 	}
 	t->sv = &q->sv;
 	if (t->ops->size != sizeof(*t->ops) || t->ops->abi != UBLKD_TARGET_ABI ||
@@ -237,9 +280,22 @@ void engine_sqe(struct ublkd_queue *q, unsigned i, unsigned *ret_opcode, uint32_
 	*ret_ns = sqe->opcode == IORING_OP_TIMEOUT ? (uint64_t)ts->tv_sec * 1000000000ull + (uint64_t)ts->tv_nsec : 0;
 }
 
-void *engine_buffer(struct ublkd_queue *q, unsigned tag)
+/* A request's data, as the driver has it. */
+void *engine_data(struct ublkd_queue *q, unsigned tag)
 {
-	return q->ios[tag].buf;
+	return q->pages[tag];
+}
+
+void engine_fail_moves(struct ublkd_queue *q, int error)
+{
+	q->move_error = error;
+}
+
+/* Pulls and pushes, and how many of them passed the tag's buffer by. */
+unsigned engine_moves(struct ublkd_queue *q, unsigned *ret_straight)
+{
+	*ret_straight = q->straight;
+	return q->moves;
 }
 
 uint64_t engine_python_entries(struct ublkd_queue *q)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pathlib
 import pickle
+import random
 import subprocess
 import sys
 import sysconfig
@@ -41,6 +42,7 @@ FUA = 1 << 13
 OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes")
 BLOCK = 4096
 MAX_IO = 4 * BLOCK
+PLAIN_READS = 64  # so many must be left as they were given before reads are given straight
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,8 @@ def lib(tmp_path_factory):
     ffi = cffi.FFI()
     ffi.cdef("""
         struct ublkd_queue;
-        struct ublkd_queue *engine_create(uintptr_t target, unsigned depth, uint32_t max_io, unsigned qid);
+        struct ublkd_queue *engine_create(uintptr_t target, unsigned depth, uint32_t max_io, unsigned qid,
+                                          bool apart);
         void engine_destroy(struct ublkd_queue *q);
         void engine_request(struct ublkd_queue *q, unsigned tag, unsigned op, uint32_t flags, uint64_t offset,
                             uint32_t length);
@@ -57,7 +60,9 @@ def lib(tmp_path_factory):
         unsigned engine_run_sqes(struct ublkd_queue *q, unsigned max_bytes, int force_res);
         void engine_sqe(struct ublkd_queue *q, unsigned i, unsigned *ret_opcode, uint32_t *ret_flags,
                         uint64_t *ret_ns);
-        void *engine_buffer(struct ublkd_queue *q, unsigned tag);
+        void *engine_data(struct ublkd_queue *q, unsigned tag);
+        void engine_fail_moves(struct ublkd_queue *q, int error);
+        unsigned engine_moves(struct ublkd_queue *q, unsigned *ret_straight);
         uint64_t engine_python_entries(struct ublkd_queue *q);
         unsigned engine_double_answers(struct ublkd_queue *q);
     """)
@@ -75,16 +80,20 @@ def lib(tmp_path_factory):
 
 
 class Engine:
-    """A queue with a target on it. errors has (method, type name, text) of all that was reported."""
+    """A queue with a target on it. errors has (method, type name, text) of all that was reported.
 
-    def __init__(self, module, target, depth=8, block_size=512, operations=None):
+    apart: as on user copy, the requests' data is elsewhere than the buffers.
+    """
+
+    def __init__(self, module, target, depth=8, block_size=512, operations=None, apart=False):
         self.lib, self.ffi = module.lib, module.ffi
         self.errors = []
         self.depth = depth
+        self.apart = apart
         if operations is None:
             operations = [op for op in OPERATIONS if hasattr(target, op)]
         address = pytarget.create(target, on_error=self._error, operations=operations, block_size=block_size)
-        self.q = self.lib.engine_create(address, depth, MAX_IO, 3)
+        self.q = self.lib.engine_create(address, depth, MAX_IO, 3, apart)
         assert self.q
 
     def _error(self, method, exc):
@@ -92,6 +101,8 @@ class Engine:
         self.errors.append((method, type(exc).__name__, str(exc)))
 
     def submit(self, tag, op, offset=0, length=BLOCK, flags=0, data=b""):
+        if self.apart and op == READ:
+            data = b"\xee" * min(length, MAX_IO)  # its pages hold what the kernel had there before
         self.buffer(tag, MAX_IO)[0 : len(data)] = data
         self.lib.engine_request(self.q, tag, op, flags, offset, length)
 
@@ -121,7 +132,26 @@ class Engine:
         return opcode[0], flags[0], ns[0]
 
     def buffer(self, tag=0, length=BLOCK):
-        return self.ffi.buffer(self.lib.engine_buffer(self.q, tag), length)
+        """A request's data as the driver has it."""
+        return self.ffi.buffer(self.lib.engine_data(self.q, tag), length)
+
+    def moves(self):
+        """How often data went to or from a request since the last call: straight, and by way of its buffer."""
+        straight = self.ffi.new("unsigned *")
+        moves = self.lib.engine_moves(self.q, straight)
+        now = (straight[0], moves - straight[0])
+        before, self._moves = getattr(self, "_moves", (0, 0)), now
+        return now[0] - before[0], now[1] - before[1]
+
+    def fail_moves(self, error):
+        """Data can't be had from here on."""
+        self.lib.engine_fail_moves(self.q, -error)
+
+    def warm_up(self):
+        """From here on reads are given straight, as far as this target allows that."""
+        for _ in range(PLAIN_READS):
+            assert self.one(READ) == BLOCK
+        self.moves()
 
     def entries(self):
         return self.lib.engine_python_entries(self.q)
@@ -134,7 +164,7 @@ class Engine:
 
 
 @pytest.fixture
-def engine(lib):
+def any_engine(lib):
     made = []
 
     def make(target, **kwargs):
@@ -144,6 +174,12 @@ def engine(lib):
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(params=["copy", "user-copy"])
+def engine(any_engine, request):
+    """What a handler sees is the same on all transports."""
+    return lambda target, **kwargs: any_engine(target, apart=request.param == "user-copy", **kwargs)
 
 
 class Memory:
@@ -427,7 +463,7 @@ def test_file_errors_keep_their_errno(engine):
 # ---- what a handler keeps ----
 
 
-def test_the_buffer_is_the_io_buffer(engine):
+def test_what_the_buffer_holds_is_delivered(engine):
     views = []
 
     def read(req):
@@ -529,6 +565,288 @@ def test_requests_are_reused(engine):
             e.submit(tag, READ)
         e.go()
     assert len(seen) == 4
+
+
+# ---- data that moves straight ----
+
+
+def test_writes_go_straight_to_where_they_are_stored(any_engine):
+    target = Memory()
+    e = any_engine(target, apart=True)
+    data = os.urandom(MAX_IO)
+    assert e.one(WRITE, offset=BLOCK, length=MAX_IO, data=data) == MAX_IO
+    assert target.data[BLOCK : BLOCK + MAX_IO] == data and e.moves() == (1, 0)
+    assert e.one(DISCARD, offset=BLOCK) == 0
+    assert target.data[BLOCK : 2 * BLOCK] == bytes(BLOCK) and e.moves() == (0, 0)
+
+
+def test_reads_go_straight_from_where_they_are_stored(any_engine):
+    target = Memory()
+    e = any_engine(target, apart=True)
+    e.warm_up()
+    assert e.one(offset=BLOCK, length=MAX_IO) == MAX_IO
+    assert e.buffer(length=MAX_IO)[:] == target.data[BLOCK : BLOCK + MAX_IO] and e.moves() == (1, 0)
+
+
+def test_a_batch_goes_straight(any_engine):
+    target = BatchMemory()
+    e = any_engine(target, apart=True)
+    e.warm_up()
+    for tag in (0, 1):
+        e.submit(tag, READ, offset=tag * BLOCK)
+    e.submit(2, WRITE, offset=2 * BLOCK, data=b"w" * BLOCK)
+    e.go()
+    assert e.buffer(1)[:] == target.data[BLOCK : 2 * BLOCK]
+    assert target.data[2 * BLOCK : 3 * BLOCK] == b"w" * BLOCK and e.moves() == (3, 0)
+
+
+def test_a_target_that_looks_at_what_it_gave_gets_its_reads_buffered(any_engine):
+    """From the first time on: what was pushed can only be had from its source, which may have changed."""
+    source, looks = bytearray(b"s" * BLOCK), []
+
+    def read(req):
+        req.copy_from(source, 0)
+        if looks:
+            source[:] = b"t" * BLOCK
+            req.copy_to(seen, 0)
+            source[:] = b"s" * BLOCK
+
+    seen = bytearray(BLOCK)
+    e = any_engine(reader(read), apart=True)
+    looks.append(True)
+    assert e.one() == BLOCK and e.buffer()[:] == seen == b"s" * BLOCK
+    looks.clear()
+    for _ in range(2 * PLAIN_READS):
+        assert e.one() == BLOCK
+    assert e.moves() == (0, 2 * PLAIN_READS + 1)
+    # One that never did before has its first look at the source.
+    e = any_engine(reader(read), apart=True)
+    e.warm_up()
+    looks.append(True)
+    assert e.one() == BLOCK and e.buffer()[:] == seen == b"t" * BLOCK
+    assert e.one() == BLOCK and e.buffer()[:] == seen == b"s" * BLOCK
+    assert e.moves() == (1, 2)
+
+
+def test_what_was_given_and_can_not_be_had_again_is_an_error(any_engine):
+    class T:
+        look = False
+
+        def read(self, req):
+            source = bytearray(BLOCK)
+            req.copy_from(source, 0)
+            if self.look:
+                del source[10:]
+                return len(req.buffer)
+
+    target = T()
+    e = any_engine(target, apart=True)
+    e.warm_up()
+    target.look = True
+    assert e.one() == -errno.EIO and "outside the buffer of 10 bytes" in e.errors[0][2]
+    assert e.one() == BLOCK  # from the second time on it is
+
+
+def test_no_source_is_kept_beyond_its_request(engine):
+    source = bytes(2 * BLOCK)
+    before = sys.getrefcount(source)
+    e = engine(reader(lambda req: req.copy_from(source, 0)))
+    for _ in range(PLAIN_READS + 2):
+        assert e.one() == BLOCK
+    assert sys.getrefcount(source) == before
+
+
+@pytest.mark.parametrize("length", [512, BLOCK, MAX_IO])
+@pytest.mark.parametrize("fill", ["nothing", "some", "released"])
+def test_no_read_shows_what_its_pages_held(engine, fill, length):
+    def read(req):
+        if fill == "some":
+            req.buffer[:100] = b"x" * 100
+        elif fill == "released":
+            with req.buffer as view:
+                view[:100] = b"x" * 100
+        return 512
+
+    e = engine(reader(read))
+    e.buffer(length=MAX_IO)[:] = bytes(MAX_IO)
+    assert e.one(length=length) == 512
+    filled = b"" if fill == "nothing" else b"x" * 100
+    assert e.buffer(length=512)[:] == filled.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("error", [errno.EFAULT, errno.EINVAL])
+def test_data_that_can_not_be_moved_is_an_oserror(any_engine, error):
+    caught = []
+
+    class T(Memory):
+        call = "copy_to"
+
+        def write(self, req):
+            try:
+                if self.call == "buffer":
+                    len(req.buffer)
+                elif self.call == "copy_to":
+                    req.copy_to(self.data)
+                else:
+                    getattr(req, self.call)(0)
+            except OSError as exc:
+                caught.append(exc.errno)
+                raise
+
+    target = T()
+    e = any_engine(target, apart=True)
+    e.warm_up()
+    e.fail_moves(error)
+    for target.call in ("copy_to", "buffer", "pwrite", "pwrite_async"):
+        assert e.one(WRITE) == -error and caught.pop() == error
+    assert e.one(READ) == -error
+    e.fail_moves(0)
+    target.call = "copy_to"
+    assert e.one(WRITE) == e.one(READ) == BLOCK and e.errors == []
+
+
+def test_a_push_that_failed_and_was_ignored_is_made_up_for(any_engine):
+    """Otherwise pages that nobody filled would be delivered."""
+
+    class T(Memory):
+        def read(self, req):
+            try:
+                req.copy_from(self.data)
+            except OSError:
+                e.fail_moves(0)
+
+    e = any_engine(T, apart=True)
+    e.warm_up()
+    e.fail_moves(errno.EFAULT)
+    assert e.one() == BLOCK and e.moves() == (0, 1)
+    assert b"\xee" * 16 not in e.buffer()[:]
+
+
+def test_a_push_in_the_end_can_fail(any_engine):
+    e = any_engine(reader(lambda req: req.zero()), apart=True)
+    e.fail_moves(errno.EFAULT)
+    assert e.one() == -errno.EFAULT and e.errors == []
+
+
+def test_what_can_not_be_moved_fails_alone_in_a_batch(any_engine):
+    class T(BatchMemory):
+        def handle(self, batch):
+            if len(batch) == 2:
+                e.fail_moves(errno.EFAULT)
+                batch.copy_to(self.data)
+                e.fail_moves(0)
+                batch.copy_from(self.data)
+            else:
+                super().handle(batch)
+
+    e = any_engine(T, apart=True)
+    e.submit(0, READ)
+    e.submit(1, WRITE)
+    e.go()
+    assert (e.answer(0), e.answer(1)) == (BLOCK, -errno.EFAULT)
+    e.submit(0, READ)
+    e.go()
+    assert e.answer(0) == BLOCK and e.errors == []
+
+
+class Script:
+    """Handlers that do this and that to a request, by the dice, and write down what they see.
+
+    straight: their reads are given straight, as far as they don't look at them.
+    """
+
+    def __init__(self, seed, directory, straight):
+        self.dice = random.Random(seed)
+        self.seen, self.warm, self.straight = [], True, straight
+        self.constant = self.dice.randbytes(8 * BLOCK)
+        self.memory = [bytearray(self.dice.randbytes(8 * BLOCK)) for _ in range(3)]
+        self.files = []
+        for n in range(3):
+            (directory / str(n)).write_bytes(self.dice.randbytes(3 * BLOCK + 77))
+            self.files.append(os.open(directory / str(n), os.O_RDWR))
+
+    async def serve(self, req):
+        if self.warm:
+            return req.copy_from(bytes(BLOCK), 0)
+        view = None
+        for _ in range(self.dice.randrange(9)):
+            step = self.dice.choice([s for s in self.steps if req.op == READ or not s.startswith("r_")])
+            memory, file = self.dice.choice(self.memory), self.dice.choice(self.files)
+            off, broken = self.dice.randrange(9) * 512, self.dice.random() < 0.1
+            self.seen.append(step)
+            try:
+                if step == "r_copy_from":
+                    # given straight, it must stay as it was
+                    req.copy_from(self.constant if self.straight else memory, 8 * BLOCK if broken else off)
+                elif step == "copy_to":
+                    req.copy_to(memory, 8 * BLOCK if broken else off)
+                elif step == "r_zero":
+                    req.zero()
+                elif step in ("r_pread", "pwrite"):
+                    getattr(req, step.removeprefix("r_"))(-1 if broken else file, off)
+                elif step in ("r_pread_async", "pwrite_async"):
+                    await getattr(req, step.removeprefix("r_"))(9999 if broken else file, off)
+                elif step == "look":
+                    self.seen.append(bytes(req.buffer))
+                elif step == "view":
+                    view = req.buffer
+                elif step == "put" and view is not None:
+                    view[off % req.length : off % req.length + 3] = b"put"
+                elif step == "release":
+                    req.buffer.release()
+                    view = None
+                elif step == "sleep":
+                    await pytarget.sleep(0)
+            except (OSError, ValueError) as exc:
+                self.seen.append(repr(exc))
+        if self.dice.random() < 0.2:
+            return 512
+        if self.dice.random() < 0.1:
+            req.fail(errno.ENOSPC)
+        return None
+
+    read = write = serve
+    steps = (
+        *("r_copy_from", "r_copy_from", "r_zero", "r_pread", "r_pread_async", "copy_to", "copy_to", "pwrite"),
+        *("pwrite_async", "look", "view", "view", "put", "put", "release", "sleep"),
+    )
+
+    def outcome(self):
+        for fd in self.files:
+            self.seen.append(os.pread(fd, 16 * BLOCK, 0))
+            os.close(fd)
+        return self.seen, self.memory
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_whatever_a_handler_does_it_is_the_same(any_engine, tmp_path, straight):
+    """Two requests at a time, on a driver that copies and one that doesn't."""
+
+    def play(seed, apart):
+        script = Script(seed, tmp_path, straight)
+        e = any_engine(script, apart=apart)
+        for tag in (0, 1):
+            e.buffer(tag, MAX_IO)[:] = bytes(MAX_IO)
+        if straight:
+            e.warm_up()
+        script.warm = False
+        dice, results = random.Random(seed), []
+        for tag in (0, 1):
+            length, op = dice.choice((512, BLOCK, MAX_IO)), dice.choice((READ, READ, WRITE))
+            e.submit(tag, op, length=length, data=dice.randbytes(length) if op == WRITE else b"")
+            results.append((tag, op))
+        e.go()
+        while e.run_io(dice.choice((1000, BLOCK, MAX_IO))):
+            pass
+        for tag, op in results:
+            answer = e.answer(tag)
+            script.seen += [answer, e.buffer(tag, max(answer, 0))[:] if op == READ else b""]
+        assert not e.errors
+        e.close()
+        return script.outcome()
+
+    for seed in range(100 if SANITIZED else 1000):
+        assert play(seed, apart=False) == play(seed, apart=True), seed
 
 
 # ---- one entry per pass ----

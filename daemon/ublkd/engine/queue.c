@@ -35,6 +35,11 @@ static struct ublkd_shm_queue *queue_shm(struct ublkd_queue *q)
 	return q->shm;
 }
 
+static bool queue_driver_copies(const struct ublkd_queue *q)
+{
+	return q->tp->needs_buffers;
+}
+
 static int64_t io_pull(struct ublkd_queue *q, struct ublkd_io *io, uint32_t off, void *dst, uint32_t len)
 {
 	return q->tp->pull(q, io, off, dst, len);
@@ -57,6 +62,7 @@ const struct ublkd_services ublkd_services = {
 	.qid = queue_qid,
 	.max_io_bytes = queue_max_io_bytes,
 	.shm = queue_shm,
+	.driver_copies = queue_driver_copies,
 };
 
 struct io_uring_sqe *ublkd_queue_sqe(struct ublkd_queue *q)
@@ -177,7 +183,9 @@ int ublkd_queue_create_on(const struct ublkd_queue_params *params, const struct 
 		q->p.shares = 1;
 	q->tp = tp;
 	q->target = target;
-	q->carries = (target->ops->flags & UBLKD_TARGET_WANTS_BUFFER) && !tp->needs_buffers;
+	q->carries = (target->ops->flags & (UBLKD_TARGET_WANTS_BUFFER | UBLKD_TARGET_MOVES_DATA)) ==
+			     UBLKD_TARGET_WANTS_BUFFER &&
+		     !tp->needs_buffers;
 	q->fixes = (target->ops->flags & UBLKD_TARGET_TAKES_FIXED) && tp->registers;
 	q->iods = params->cmdbuf;
 	q->ring.ring_fd = -1;

@@ -73,6 +73,12 @@ struct ublkd_event {
  * (READ_FIXED and the like, addresses counted from 0).
  */
 #define UBLKD_TARGET_TAKES_FIXED 2u
+/*
+ * With the first: io->buf is there, but where the driver does not copy to and
+ * from it (driver_copies()) nobody does but the target, by pull and push. For
+ * one that often has a better place for the data.
+ */
+#define UBLKD_TARGET_MOVES_DATA 4u
 
 struct ublkd_target_ops {
 	uint32_t size; /* sizeof(struct ublkd_target_ops) as the target was built */
@@ -123,6 +129,8 @@ struct ublkd_services {
 	uint32_t (*max_io_bytes)(const struct ublkd_queue *q);
 	/* This queue's slot in the statistics segment, never NULL. */
 	struct ublkd_shm_queue *(*shm)(struct ublkd_queue *q);
+	/* Is io->buf where the driver takes a READ's data from and puts a WRITE's? */
+	bool (*driver_copies)(const struct ublkd_queue *q);
 };
 
 #endif

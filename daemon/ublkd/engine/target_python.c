@@ -9,6 +9,10 @@
  * A handler may keep what it was given, so nothing here trusts that it did
  * not: a Request that someone still holds when its tag comes again is left to
  * them, dead, and replaced; a view that outlives its request is released.
+ *
+ * Where the driver does not copy to and from io->buf, data crosses straight
+ * between a request and the handler's memory as far as can be (enum pyplace);
+ * what a handler sees is the same.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -35,10 +39,20 @@ static const char *const op_names[NR_OPS] = {
 
 struct pytarget;
 
+/* Where a request's data is. */
+enum pyplace {
+	PLACE_BUFFER,  /* io->buf; of a read it is pushed in the end */
+	PLACE_PINNED,  /* the same, and stays so: a view or an operation names io->buf, or the driver does */
+	PLACE_REQUEST, /* with the driver alone: a write's before anybody asked, a read's that was pushed */
+};
+
 /* Request: what a handler sees of one tag. Copies of the io's fields stay readable after completion. */
 struct pyreq {
 	PyObject_HEAD
+	struct pytarget *pt; /* good while io is */
 	struct ublkd_io *io; /* NULL before arrival and after completion */
+	PyObject *source;    /* what copy_from() took a read's data from last, or NULL */
+	uint64_t source_off;
 	PyObject *view;      /* memoryview of io->buf that .buffer gave out, or NULL */
 	unsigned long long offset;
 	unsigned int length;
@@ -46,6 +60,7 @@ struct pyreq {
 	unsigned int unawaited; /* awaitables made of this request and not yet awaited */
 	int result;
 	unsigned char op;
+	unsigned char place; /* enum pyplace */
 	unsigned short tag;
 	unsigned short queue;
 };
@@ -89,6 +104,8 @@ struct pytarget {
 	unsigned int ops_mask;
 	uint32_t block_size;
 	unsigned int depth;
+	bool moves_data; /* the driver does not copy */
+	int plain_reads; /* see pyreq_gives_straight() */
 	struct pytag *tags;
 	struct pybatch *batch;
 };
@@ -163,13 +180,16 @@ static int fail_current(struct pytarget *pt, const char *where)
 
 /* ---- Request ---- */
 
-static struct pyreq *pyreq_create(unsigned tag, unsigned queue)
+static struct pyreq *pyreq_create(struct pytarget *pt, unsigned tag, unsigned queue)
 {
 	struct pyreq *req = PyObject_New(struct pyreq, &pyreq_type);
 
 	if (!req)
 		return NULL;
+	req->pt = pt;
 	req->io = NULL;
+	req->source = NULL;
+	req->source_off = 0;
 	req->view = NULL;
 	req->offset = 0;
 	req->length = 0;
@@ -177,6 +197,7 @@ static struct pyreq *pyreq_create(unsigned tag, unsigned queue)
 	req->unawaited = 0;
 	req->result = 0;
 	req->op = 0;
+	req->place = PLACE_PINNED;
 	req->tag = (unsigned short)tag;
 	req->queue = (unsigned short)queue;
 	return req;
@@ -185,6 +206,7 @@ static struct pyreq *pyreq_create(unsigned tag, unsigned queue)
 static void pyreq_dealloc(struct pyreq *req)
 {
 	Py_XDECREF(req->view);
+	Py_XDECREF(req->source);
 	PyObject_Free(req);
 }
 
@@ -241,13 +263,134 @@ static bool pyreq_revoke_view(struct pyreq *req)
 	return !others;
 }
 
+static bool check_slice(const char *method, const Py_buffer *b, uint64_t off, uint32_t len)
+{
+	if (off <= (uint64_t)b->len && len <= (uint64_t)b->len - off)
+		return true;
+	PyErr_Format(PyExc_ValueError, "%s: bytes %llu to %llu are outside the buffer of %zd bytes", method,
+		     (unsigned long long)off, (unsigned long long)off + len, b->len);
+	return false;
+}
+
+/* ---- a request's data ---- */
+
+/* 0, or the -errno that pull or push gave. */
+static int pyreq_pull(const struct pyreq *req, void *dst)
+{
+	int64_t n = req->pt->base.sv->pull(req->pt->q, req->io, 0, dst, req->length);
+
+	return n < 0 ? (int)n : 0;
+}
+
+static int pyreq_push(const struct pyreq *req, const void *src, uint32_t len)
+{
+	int64_t n = req->pt->base.sv->push(req->pt->q, req->io, 0, src, len);
+
+	return n < 0 ? (int)n : 0;
+}
+
+static bool raise_errno(int err)
+{
+	errno = -err;
+	PyErr_SetFromErrno(PyExc_OSError);
+	return false;
+}
+
+/*
+ * What was pushed can't be had back from the driver, only once more from where
+ * it came from; and that may have changed. So a target's reads are pushed by
+ * copy_from() after this many that were answered as copy_from() left them, and
+ * no more once a handler looked at what it gave.
+ */
+#define PLAIN_READS 64
+#define NOT_PLAIN (-1)
+
+static bool pyreq_gives_straight(const struct pyreq *req)
+{
+	return req->place != PLACE_PINNED && req->pt->plain_reads == PLAIN_READS;
+}
+
+/* Have the data in io->buf. False with an exception set. */
+static bool pyreq_load(struct pyreq *req)
+{
+	Py_buffer b;
+	bool ok;
+	int err;
+
+	if (req->source)
+		req->pt->plain_reads = NOT_PLAIN;
+	if (req->place != PLACE_REQUEST)
+		return true;
+	if (req->op == UBLKD_OP_WRITE) {
+		err = pyreq_pull(req, req->io->buf);
+		if (err)
+			return raise_errno(err);
+	} else {
+		if (PyObject_GetBuffer(req->source, &b, PyBUF_SIMPLE) < 0)
+			return false;
+		ok = check_slice("copy_from", &b, req->source_off, req->length);
+		if (ok)
+			memmove(req->io->buf, (const char *)b.buf + req->source_off, req->length);
+		PyBuffer_Release(&b);
+		if (!ok)
+			return false;
+	}
+	req->place = PLACE_BUFFER;
+	return true;
+}
+
+/* The same, and leave it there until the request is answered. */
+static bool pyreq_pin(struct pyreq *req)
+{
+	if (!pyreq_load(req))
+		return false;
+	req->place = PLACE_PINNED;
+	return true;
+}
+
+/* Give a read its data, b[off:off+length], which is there. 0 or -errno. memmove: it may be a view of this request. */
+static int pyreq_fill(struct pyreq *req, PyObject *source, const Py_buffer *b, uint64_t off)
+{
+	const char *src = (const char *)b->buf + off;
+	int err;
+
+	if (pyreq_gives_straight(req)) {
+		err = pyreq_push(req, src, req->length);
+		if (err)
+			return err;
+		req->place = PLACE_REQUEST;
+	} else {
+		memmove(req->io->buf, src, req->length);
+		if (req->place == PLACE_PINNED)
+			return 0;
+		req->place = PLACE_BUFFER;
+	}
+	req->source_off = off;
+	Py_XSETREF(req->source, Py_NewRef(source));
+	return 0;
+}
+
+/* Store a request's data, or zeroes where it has none, at b[off:off+length], which is there. 0 or -errno. */
+static int pyreq_drain(const struct pyreq *req, const Py_buffer *b, uint64_t off)
+{
+	char *dst = (char *)b->buf + off;
+
+	if (!op_has_data(req->op))
+		memset(dst, 0, req->length);
+	else if (req->place == PLACE_REQUEST)
+		return pyreq_pull(req, dst);
+	else
+		memmove(dst, req->io->buf, req->length);
+	return 0;
+}
+
 static PyObject *pyreq_get_buffer(struct pyreq *req, void *closure)
 {
 	uint32_t len = op_has_data(req->op) ? req->length : 0;
 	PyObject *view = req->view;
 
 	(void)closure;
-	if (!pyreq_check(req, "buffer", ~0u))
+	if (!pyreq_check(req, "buffer", ~0u) || !pyreq_pin(req))
 		return NULL;
 	if (view && !view_released(view)) {
 		Py_buffer *b = PyMemoryView_GET_BUFFER(view);
@@ -305,29 +448,6 @@ static bool parse_transfer(const struct pyreq *req, const char *method, PyObject
 	return true;
 }
 
-static bool check_slice(const char *method, const Py_buffer *b, uint64_t off, uint32_t len)
-{
-	if (off <= (uint64_t)b->len && len <= (uint64_t)b->len - off)
-		return true;
-	PyErr_Format(PyExc_ValueError, "%s: bytes %llu to %llu are outside the buffer of %zd bytes", method,
-		     (unsigned long long)off, (unsigned long long)off + len, b->len);
-	return false;
-}
-
-/* memmove: a buffer may well be a view of this very request. */
-static void pyreq_fill(const struct pyreq *req, const Py_buffer *b, uint64_t off)
-{
-	memmove(req->io->buf, (const char *)b->buf + off, req->length);
-}
-
-static void pyreq_drain(const struct pyreq *req, const Py_buffer *b, uint64_t off)
-{
-	if (op_has_data(req->op))
-		memmove((char *)b->buf + off, req->io->buf, req->length);
-	else
-		memset((char *)b->buf + off, 0, req->length);
-}
-
 #define OPS_FILL (1u << UBLKD_OP_READ)
 #define OPS_DATA (1u << UBLKD_OP_READ | 1u << UBLKD_OP_WRITE)
 #define OPS_DRAIN (OPS_DATA | 1u << UBLKD_OP_DISCARD | 1u << UBLKD_OP_WRITE_ZEROES)
@@ -336,6 +456,7 @@ static PyObject *pyreq_copy_from(struct pyreq *req, PyObject *const *args, Py_ss
 {
 	uint64_t off;
 	Py_buffer b;
+	int err;
 	bool ok;
 
 	if (!pyreq_check(req, "copy_from", OPS_FILL) ||
@@ -343,8 +464,10 @@ static PyObject *pyreq_copy_from(struct pyreq *req, PyObject *const *args, Py_ss
 	    PyObject_GetBuffer(args[0], &b, PyBUF_SIMPLE) < 0)
 		return NULL;
 	ok = check_slice("copy_from", &b, off, req->length);
-	if (ok)
-		pyreq_fill(req, &b, off);
+	if (ok) {
+		err = pyreq_fill(req, args[0], &b, off);
+		ok = !err || raise_errno(err);
+	}
 	PyBuffer_Release(&b);
 	return ok ? Py_NewRef(Py_None) : NULL;
 }
@@ -353,15 +476,18 @@ static PyObject *pyreq_copy_to(struct pyreq *req, PyObject *const *args, Py_ssiz
 {
 	uint64_t off;
 	Py_buffer b;
+	int err;
 	bool ok;
 
 	if (!pyreq_check(req, "copy_to", OPS_DRAIN) ||
 	    !parse_transfer(req, "copy_to", args, nargs, kwnames, &off) ||
 	    PyObject_GetBuffer(args[0], &b, PyBUF_WRITABLE) < 0)
 		return NULL;
-	ok = check_slice("copy_to", &b, off, req->length);
-	if (ok)
-		pyreq_drain(req, &b, off);
+	ok = check_slice("copy_to", &b, off, req->length) && (req->op != UBLKD_OP_READ || pyreq_load(req));
+	if (ok) {
+		err = pyreq_drain(req, &b, off);
+		ok = !err || raise_errno(err);
+	}
 	PyBuffer_Release(&b);
 	return ok ? Py_NewRef(Py_None) : NULL;
 }
@@ -372,6 +498,9 @@ static PyObject *pyreq_zero(struct pyreq *req, PyObject *unused)
 	if (!pyreq_check(req, "zero", OPS_FILL))
 		return NULL;
 	memset(req->io->buf, 0, req->length);
+	if (req->place == PLACE_REQUEST)
+		req->place = PLACE_BUFFER;
+	Py_CLEAR(req->source);
 	Py_RETURN_NONE;
 }
 
@@ -402,7 +531,7 @@ static PyObject *pyreq_pread(struct pyreq *req, PyObject *const *args, Py_ssize_
 	int fd, err = 0;
 
 	if (!pyreq_check(req, "pread", OPS_FILL) ||
-	    !parse_file_transfer(req, "pread", args, nargs, kwnames, &fd, &off))
+	    !parse_file_transfer(req, "pread", args, nargs, kwnames, &fd, &off) || !pyreq_load(req))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
 	while (done < req->length && !err) {
@@ -432,7 +561,7 @@ static PyObject *pyreq_pwrite(struct pyreq *req, PyObject *const *args, Py_ssize
 	int fd, err = 0;
 
 	if (!pyreq_check(req, "pwrite", OPS_DATA) ||
-	    !parse_file_transfer(req, "pwrite", args, nargs, kwnames, &fd, &off))
+	    !parse_file_transfer(req, "pwrite", args, nargs, kwnames, &fd, &off) || !pyreq_load(req))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
 	while (done < req->length && !err) {
@@ -509,7 +638,7 @@ static PyObject *pyreq_async_transfer(struct pyreq *req, const char *method, uns
 	int fd;
 
 	if (!pyreq_check(req, method, mask) ||
-	    !parse_file_transfer(req, method, args, nargs, kwnames, &fd, &off))
+	    !parse_file_transfer(req, method, args, nargs, kwnames, &fd, &off) || !pyreq_pin(req))
 		return NULL;
 	op = pyop_create(req, kind);
 	if (op) {
@@ -689,13 +818,14 @@ static bool pybatch_wants(const struct pybatch *batch, unsigned i, unsigned mask
 {
 	const struct pyreq *req = batch->reqs[i];
 
-	return (mask & 1u << req->op) && req->result >= 0;
+	return req->io && (mask & 1u << req->op) && req->result >= 0;
 }
 
 static PyObject *pybatch_copy_from(struct pybatch *batch, PyObject *source)
 {
 	bool ok = true;
 	Py_buffer b;
+	int err;
 
 	if (PyObject_GetBuffer(source, &b, PyBUF_SIMPLE) < 0)
 		return NULL;
@@ -705,8 +835,9 @@ static PyObject *pybatch_copy_from(struct pybatch *batch, PyObject *source)
 		if (!pybatch_wants(batch, i, OPS_FILL))
 			continue;
 		ok = check_slice("copy_from", &b, req->offset, req->length);
-		if (ok)
-			pyreq_fill(req, &b, req->offset);
+		err = ok ? pyreq_fill(req, source, &b, req->offset) : 0;
+		if (err) /* its own trouble */
+			req->result = err;
 	}
 	PyBuffer_Release(&b);
 	return ok ? Py_NewRef(Py_None) : NULL;
@@ -716,6 +847,7 @@ static PyObject *pybatch_copy_to(struct pybatch *batch, PyObject *destination)
 {
 	bool ok = true;
 	Py_buffer b;
+	int err;
 
 	if (PyObject_GetBuffer(destination, &b, PyBUF_WRITABLE) < 0)
 		return NULL;
@@ -725,8 +857,9 @@ static PyObject *pybatch_copy_to(struct pybatch *batch, PyObject *destination)
 		if (!pybatch_wants(batch, i, OPS_DRAIN & ~OPS_FILL))
 			continue;
 		ok = check_slice("copy_to", &b, req->offset, req->length);
-		if (ok)
-			pyreq_drain(req, &b, req->offset);
+		err = ok ? pyreq_drain(req, &b, req->offset) : 0;
+		if (err)
+			req->result = err;
 	}
 	PyBuffer_Release(&b);
 	return ok ? Py_NewRef(Py_None) : NULL;
@@ -741,7 +874,7 @@ static struct pyreq *pytarget_begin(struct pytarget *pt, struct ublkd_io *io)
 	struct pyreq *req = tag->req;
 
 	if (Py_REFCNT(req) != 1) {
-		req = pyreq_create(io->tag, req->queue);
+		req = pyreq_create(pt, io->tag, req->queue);
 		if (!req) {
 			PyErr_Clear();
 			pt->base.sv->complete(pt->q, io, -ENOMEM);
@@ -756,6 +889,10 @@ static struct pyreq *pytarget_begin(struct pytarget *pt, struct ublkd_io *io)
 	req->op = io->op;
 	req->unawaited = 0;
 	req->result = op_has_data(io->op) ? (int)io->length : 0;
+	if (!pt->moves_data)
+		req->place = PLACE_PINNED;
+	else
+		req->place = io->op == UBLKD_OP_WRITE ? PLACE_REQUEST : PLACE_BUFFER;
 	return req;
 }
 
@@ -773,9 +910,18 @@ static void pytarget_finish(struct pytarget *pt, struct pyreq *req, const char *
 			     "part of the buffer of %R is still in use: copy what you keep, as with bytes(view)", req);
 		res = fail_current(pt, where);
 	}
+	/* All of a read that was not pushed yet, filled or not: its pages hold what the kernel had there before. */
+	if (res > 0 && pt->moves_data && req->op == UBLKD_OP_READ && req->place != PLACE_REQUEST) {
+		int err = pyreq_push(req, io->buf, (uint32_t)res);
+
+		res = err ? err : res;
+	}
+	if (req->source && pt->plain_reads >= 0 && pt->plain_reads < PLAIN_READS)
+		pt->plain_reads++;
 	req->io = NULL;
 	req->result = res;
 	pt->base.sv->complete(pt->q, io, res);
+	Py_CLEAR(req->source);
 }
 
 /* What a handler's return value means: bytes done, or -errno. */
@@ -1004,6 +1150,7 @@ static void pytarget_free_tags(struct pytarget *pt)
 			if (tag->req->view)
 				pyreq_revoke_view(tag->req);
 			tag->req->io = NULL;
+			Py_CLEAR(tag->req->source);
 		}
 		Py_CLEAR(tag->req);
 	}
@@ -1024,9 +1171,10 @@ static int pytarget_open(struct ublkd_target *t, struct ublkd_queue *q)
 	gil = PyGILState_Ensure();
 	pt->q = q;
 	pt->depth = t->sv->depth(q);
+	pt->moves_data = !t->sv->driver_copies(q);
 	pt->tags = PyMem_Calloc(pt->depth, sizeof(*pt->tags));
 	for (unsigned i = 0; pt->tags && i < pt->depth && !err; i++) {
-		pt->tags[i].req = pyreq_create(i, queue);
+		pt->tags[i].req = pyreq_create(pt, i, queue);
 		if (!pt->tags[i].req)
 			err = -ENOMEM;
 	}
@@ -1070,7 +1218,7 @@ static const struct ublkd_target_ops pytarget_ops = {
 	.size = sizeof(pytarget_ops),
 	.abi = UBLKD_TARGET_ABI,
 	.name = "python",
-	.flags = UBLKD_TARGET_WANTS_BUFFER,
+	.flags = UBLKD_TARGET_WANTS_BUFFER | UBLKD_TARGET_MOVES_DATA,
 	.sqes_per_io = 1,
 	.open = pytarget_open,
 	.handle = pytarget_handle,
