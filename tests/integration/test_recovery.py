@@ -172,7 +172,7 @@ def test_cleanup(serve: Callable[..., Device]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "transport"), [("requeue", "auto"), ("requeue", "user-copy"), ("fail", "auto"), ("error", "auto")]
+    ("policy", "transport"), [("requeue", "auto"), ("requeue", "copy"), ("fail", "auto"), ("error", "auto")]
 )
 def test_what_a_dead_worker_held(policy: str, transport: str, serve: Callable[..., Device], tmp_path: Path) -> None:
     """Issued again, or failed; either way the device goes on."""

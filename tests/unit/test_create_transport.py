@@ -13,6 +13,7 @@ from ublkd.control import uapi
 from ublkd.control.features import Features
 from ublkd.errors import UsageError
 from ublkd.supervisor import create
+from ublkd.targets.python import PythonTarget
 
 OLD = uapi.F_USER_COPY | uapi.F_USER_RECOVERY | uapi.F_USER_RECOVERY_REISSUE
 NEW = OLD | uapi.F_AUTO_BUF_REG | uapi.F_BATCH_IO | uapi.F_QUIESCE
@@ -41,6 +42,8 @@ def choose(features: int, transports: tuple[str, ...], idempotent: bool = True, 
         (NEW, RAM, {"idempotent": False}, "user-copy"),
         (OLD, LOOP, {}, "copy"),
         (OLD, RAM, {}, "user-copy"),
+        (NEW, PythonTarget.transports, {}, "user-copy"),
+        (OLD & ~uapi.F_USER_COPY, PythonTarget.transports, {}, "copy"),
     ],
 )
 def test_choice(features: int, transports: tuple[str, ...], settings: dict[str, Any], wanted: str) -> None:

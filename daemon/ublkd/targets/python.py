@@ -170,7 +170,7 @@ class PythonTarget(ControlTarget):
     """A device served by a subclass of ublkd.Target."""
 
     name = "python"
-    transports = ("copy", "user-copy")
+    transports = ("user-copy", "copy")
 
     def __init__(self, spec: DeviceSpec, target: Target | type[Target] | None = None) -> None:
         """target: serve this class or object; without it spec.file is imported."""
