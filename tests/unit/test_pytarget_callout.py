@@ -517,6 +517,21 @@ def test_a_kept_part_of_the_buffer_fails_the_request(engine, part):
     assert len(e.errors) == 2
 
 
+def test_a_part_kept_of_a_released_view_fails_the_request(engine):
+    kept = []
+
+    def read(req):
+        for _ in range(3):
+            with req.buffer as view:
+                kept.append(view[:10])
+        len(req.buffer)
+
+    e = engine(reader(read))
+    assert e.one() == -errno.EIO and "still in use" in e.errors.pop()[2]
+    kept = type("Dropped", (), {"append": lambda self, part: None})()
+    assert e.one() == BLOCK and e.errors == []
+
+
 def test_parts_that_are_dropped_in_time_are_fine(engine):
     def read(req):
         with req.buffer as view, view[:512] as head:

@@ -54,6 +54,7 @@ struct pyreq {
 	PyObject *source;    /* what copy_from() took a read's data from last, or NULL */
 	uint64_t source_off;
 	PyObject *view;      /* memoryview of io->buf that .buffer gave out, or NULL */
+	PyObject *released;  /* list of those before it that were released while parts of them lived on, or NULL */
 	unsigned long long offset;
 	unsigned int length;
 	unsigned int flags;
@@ -191,6 +192,7 @@ static struct pyreq *pyreq_create(struct pytarget *pt, unsigned tag, unsigned qu
 	req->source = NULL;
 	req->source_off = 0;
 	req->view = NULL;
+	req->released = NULL;
 	req->offset = 0;
 	req->length = 0;
 	req->flags = 0;
@@ -206,6 +208,7 @@ static struct pyreq *pyreq_create(struct pytarget *pt, unsigned tag, unsigned qu
 static void pyreq_dealloc(struct pyreq *req)
 {
 	Py_XDECREF(req->view);
+	Py_XDECREF(req->released);
 	Py_XDECREF(req->source);
 	PyObject_Free(req);
 }
@@ -251,6 +254,9 @@ static bool pyreq_revoke_view(struct pyreq *req)
 	PyObject *view = req->view, *ret;
 	bool others = view_others(view) > 0;
 
+	for (Py_ssize_t i = 0; req->released && i < PyList_GET_SIZE(req->released); i++)
+		others |= view_others(PyList_GET_ITEM(req->released, i)) > 0;
+	Py_CLEAR(req->released);
 	if (!others && Py_REFCNT(view) == 1)
 		return true;
 	if (((PyMemoryViewObject *)view)->exports == 0 && !view_released(view)) {
@@ -397,6 +403,12 @@ static PyObject *pyreq_get_buffer(struct pyreq *req, void *closure)
 
 		if (b->len == len && b->buf == req->io->buf)
 			return Py_NewRef(view);
+	}
+	if (view && view_others(view) > 0) {
+		if (!req->released)
+			req->released = PyList_New(0);
+		if (!req->released || PyList_Append(req->released, view) < 0)
+			return NULL;
 	}
 	/* No exporter behind it: the engine's memory outlives every request. */
 	view = PyMemoryView_FromMemory(req->io->buf, len, PyBUF_WRITE);
