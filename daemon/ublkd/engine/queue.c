@@ -65,15 +65,6 @@ const struct ublkd_services ublkd_services = {
 	.driver_copies = queue_driver_copies,
 };
 
-struct io_uring_sqe *ublkd_queue_sqe(struct ublkd_queue *q)
-{
-	struct io_uring_sqe *sqe;
-
-	while (!(sqe = io_uring_get_sqe(&q->ring)))
-		io_uring_submit(&q->ring);
-	return sqe;
-}
-
 void ublkd_sqe_own(struct ublkd_queue *q, struct io_uring_sqe *sqe, struct ublkd_io *io, uint8_t slot)
 {
 	sqe->user_data = ublkd_ud_pack(UBLKD_UD_TARGET, io->tag, slot);
@@ -350,7 +341,7 @@ static int queue_pass(struct ublkd_queue *q)
 
 	arm_wake(q);
 	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_WAITING);
-	ret = ublkd_wait(q);
+	ret = q->wait.most_ns ? ublkd_wait_polling(q) : io_uring_submit_and_wait(&q->ring, 1);
 	ublkd_stat_set(&q->shm->stage, UBLKD_SHM_ENGINE);
 	if (ret < 0 && ret != -EINTR && ret != -EAGAIN && ret != -EBUSY)
 		return ublkd_error(ret, "queue %u: io_uring_enter: %s", q->p.qid, strerror(-ret));

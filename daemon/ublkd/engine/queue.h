@@ -68,8 +68,17 @@ struct ublkd_queue {
 extern const struct ublkd_services ublkd_services;
 
 /* Services, for targets and transports inside the engine; target.h documents them. */
-struct io_uring_sqe *ublkd_queue_sqe(struct ublkd_queue *q);
 void ublkd_sqe_own(struct ublkd_queue *q, struct io_uring_sqe *sqe, struct ublkd_io *io, uint8_t slot);
+
+static inline struct io_uring_sqe *ublkd_queue_sqe(struct ublkd_queue *q)
+{
+	struct io_uring_sqe *sqe;
+
+	while (!(sqe = io_uring_get_sqe(&q->ring)))
+		io_uring_submit(&q->ring);
+	return sqe;
+}
+
 static inline void ublkd_io_complete(struct ublkd_queue *q, struct ublkd_io *io, int32_t res)
 {
 	/* A second answer would free a tag that may already carry another request. */

@@ -33,14 +33,12 @@ static bool poll_for(struct ublkd_queue *q, uint64_t now, uint64_t ns)
 	return false;
 }
 
-int ublkd_wait(struct ublkd_queue *q)
+int ublkd_wait_polling(struct ublkd_queue *q)
 {
 	struct ublkd_wait *w = &q->wait;
 	uint64_t begin;
 	int ret;
 
-	if (!w->most_ns)
-		return io_uring_submit_and_wait(&q->ring, 1);
 	ret = io_uring_submit(&q->ring);
 	if (ret < 0)
 		return ret;

@@ -17,7 +17,7 @@ struct ublkd_wait {
 	uint64_t next_ns; /* how long the next poll may last */
 };
 
-/* Submit what is queued and wait for a CQE: as io_uring_submit_and_wait(). */
-int ublkd_wait(struct ublkd_queue *q);
+/* As io_uring_submit_and_wait() for one CQE, but awake for a while if most_ns says so. */
+int ublkd_wait_polling(struct ublkd_queue *q);
 
 #endif
