@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lib import leaks
 from lib.device import Device, Result, cli
-from lib.tools import GIB, MIB, forget, pread, pwrite, sh
+from lib.tools import GIB, MIB, forget, pread, pwrite, room_in_shm, sh
 
 NOBODY = 65534
 TARGETS = f"{Path(__file__).resolve().parent}/lib/targets.py"
@@ -50,6 +50,12 @@ def test_backing_files(files: Path, backing: Path) -> None:
     refused(cli("add", "loop", odd), f"{odd} has 1048676 bytes", "no multiple of the block size 512", "1048576")
     refused(cli("add", "loop"), "the loop target needs a backing file")
     refused(cli("-q", 2, missing), f"the backing file {missing} does not exist")
+    nothing_left()
+
+
+def test_no_room_for_statistics(backing: Path) -> None:
+    with room_in_shm(4096):
+        refused(cli("add", "loop", backing), "cannot set up the statistics in /dev/shm/ublkd-", "make room in /dev/shm")
     nothing_left()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from lib.device import Device
-from lib.tools import MIB, direct_reader, fio, forget, has, pread, pwrite, sh
+from lib.tools import MIB, direct_reader, fio, forget, has, pread, pwrite, room_in_shm
 from test_stale_memory import dirty_the_free_pages, look
 
 TARGETS = f"{Path(__file__).resolve().parent}/lib/targets.py"
@@ -67,14 +67,9 @@ def test_memory_that_can_not_be_had_fails_the_request(serve: Callable[..., Devic
     device = serve("python", f"{TARGETS}:Disk", queues=1, size=SIZE, transport="user-copy")
     workers = device.workers()
     pwrite(device.path, b"kept" * 1024, 0)
-    limit = os.statvfs("/dev/shm")
-    used = (limit.f_blocks - limit.f_bfree) * limit.f_frsize
-    sh("mount", "-o", f"remount,size={used + MIB}", "/dev/shm")
-    try:
+    with room_in_shm(MIB):
         with pytest.raises(OSError) as caught:
             pwrite(device.path, os.urandom(8 * MIB), 4 * MIB)
         assert caught.value.errno == errno.EIO
         assert direct_reader(device.path, 0).communicate()[0] == b"kept" * 1024
-    finally:
-        sh("mount", "-o", f"remount,size={limit.f_blocks * limit.f_frsize}", "/dev/shm")
     assert device.workers() == workers and device.record["recoveries"] == 0

@@ -37,6 +37,7 @@ def put_counters(segment, queue, op, ios, nbytes, errors, lat_ns, buckets):
 
 def test_fresh_segment(segment):
     assert os.stat(segment.path).st_size == layout.segment_bytes(2)
+    assert os.stat(segment.path).st_blocks * 512 >= layout.segment_bytes(2), "a page of it is not there yet"
     assert os.stat(segment.path).st_mode & 0o777 == 0o644
     snap = reader.snapshot(DEV_ID)
     assert (snap["id"], snap["size"], snap["depth"], len(snap["queues"])) == (DEV_ID, 1 << 30, 64, 2)

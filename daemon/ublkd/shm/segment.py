@@ -13,6 +13,7 @@ import time
 from multiprocessing import shared_memory
 from typing import Any
 
+from ublkd.errors import UblkdError
 from ublkd.shm import layout
 
 
@@ -52,6 +53,7 @@ class Segment:
         # What a killed supervisor of this number left behind is of no use to anybody now.
         self.unlink()
         self._shm = _untracked(name, layout.segment_bytes(self._slots))
+        self._allocate()
         os.chmod(self.path, 0o644)
         mapping: Any = self._shm.buf
         self.buf = mapping
@@ -72,6 +74,19 @@ class Segment:
             shares,
             0,
         )
+
+    def _allocate(self) -> None:
+        """All its pages now: on a full tmpfs, the first count in a page that is not there would be a SIGBUS."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, layout.segment_bytes(self._slots))
+        except OSError as e:
+            self.unlink()
+            raise UblkdError(
+                f"cannot set up the statistics in {self.path}: {e.strerror}", hint="make room in /dev/shm"
+            ) from None
+        finally:
+            os.close(fd)
 
     def _attach(self, name: str, shares: int) -> bool:
         try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import stat
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,15 @@ def digest_tree(top: str | Path) -> dict[str, str]:
     found = {line[66:]: line[:64] for line in lines if line}
     links = sh("find", ".", "-type", "l", "-printf", "%p\\0%l\\0", cwd=top).split("\0")
     return found | dict(zip(links[0:-1:2], links[1::2], strict=True))
+
+
+@contextlib.contextmanager
+def room_in_shm(nbytes: int) -> Iterator[None]:
+    """A /dev/shm that takes so much more and is full then."""
+    now = os.statvfs("/dev/shm")
+    used = (now.f_blocks - now.f_bfree) * now.f_frsize
+    sh("mount", "-o", f"remount,size={used + nbytes}", "/dev/shm")
+    try:
+        yield
+    finally:
+        sh("mount", "-o", f"remount,size={now.f_blocks * now.f_frsize}", "/dev/shm")
