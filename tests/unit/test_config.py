@@ -27,7 +27,7 @@ class TestDeviceSpec:
     def test_defaults(self) -> None:
         spec = DeviceSpec(target="null")
         assert (spec.queues, spec.depth, spec.number, spec.cpus) == (1, 128, -1, None)
-        assert (spec.max_io_size, spec.transport, spec.scheduler) == (512 << 10, "auto", "none")
+        assert (spec.max_io_size, spec.transport, spec.scheduler) == (None, "auto", "none")
         assert spec.partscan and spec.zero and not spec.read_only
 
     def test_memory_and_null_have_a_size_without_being_told(self) -> None:

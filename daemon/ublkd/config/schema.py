@@ -397,15 +397,17 @@ class DeviceSpec:
         absent="the backing's own, else 4096",
         example=4096,
     )
-    max_io_size: int = setting(
+    max_io_size: int | None = setting(
         Size,
-        512 * KIB,
+        None,
         "Largest single request; every tag of a copying transport owns a buffer of this size.",
         4 * KIB,
         32 * MIB,
         multiple=4 * KIB,
         flags=("--max-io-size",),
         metavar="SIZE",
+        absent="1MiB, with transport copy 512KiB",
+        example=1 * MIB,
     )
     offset: int = setting(
         Size,

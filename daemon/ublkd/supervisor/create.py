@@ -146,6 +146,11 @@ def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, featur
     return flags
 
 
+def max_io_bytes(spec: DeviceSpec, transport: str) -> int:
+    """The device's largest request: as set, else what one of 1 MiB, the kernel's usual most, costs no memory for."""
+    return spec.max_io_size or (512 if transport == "copy" else 1024) << 10
+
+
 def build_params(limits: Limits, max_io_bytes: int) -> Params:
     """The device's parameters; limits are in bytes, as everything here."""
     attrs = (

@@ -269,7 +269,6 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
             "queues": spec.queues,
             "workers_per_queue": spec.workers_per_queue,
             "depth": spec.depth,
-            "max_io_size": spec.max_io_size,
             **limits._asdict(),
             **target.details(),
         }
@@ -281,6 +280,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
             with Control() as ctl:
                 features = ctl.get_features()
             out["transport"] = create.choose_transport(spec, target, features)
+            out["max_io_size"] = create.max_io_bytes(spec, out["transport"])
             out["flags"] = uapi.flag_names(create.choose_flags(spec, target, out["transport"], features))
         except UblkdError as e:
             if isinstance(e, UsageError):

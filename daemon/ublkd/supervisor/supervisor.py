@@ -148,10 +148,11 @@ class Supervisor:
         spec, features = device.spec, device.ctl.get_features()
         device.transport = create.choose_transport(spec, device.target, features)
         flags = create.choose_flags(spec, device.target, device.transport, features)
-        params = create.build_params(limits, spec.max_io_size)
+        most = create.max_io_bytes(spec, device.transport)
+        params = create.build_params(limits, most)
         device.info = device.ctl.add_dev(
             AddRequest(
-                dev_id=spec.number, queues=spec.queues, depth=spec.depth, max_io_bytes=spec.max_io_size, flags=flags
+                dev_id=spec.number, queues=spec.queues, depth=spec.depth, max_io_bytes=most, flags=flags
             )
         )
         self._exit.callback(self._remove)
