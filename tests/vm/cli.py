@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--no-ublk", action="store_true", help="don't load ublk_drv")
     parse.add_argument("--require-ublk", action="store_true", help="fail without /dev/ublk-control")
     parse.add_argument("--icount", action="store_true", help="instruction clock, for measuring: slow")
+    parse.add_argument(
+        "--plugin", metavar="FILE.so[,NAME=VALUE...]", help="a plugin of QEMU's (scripts/experiments/instructions)"
+    )
     parse.add_argument("--append", default="", metavar="ARGS", help="add to the kernel command line")
     parse.add_argument("--log", type=Path, metavar="FILE", help="keep console in FILE, dmesg in FILE.dmesg")
     parse.add_argument("--kvm", choices=("auto", "on", "off"), default="auto", help="use /dev/kvm (auto: if it works)")
@@ -197,6 +200,7 @@ def _machine(options: argparse.Namespace, command: list[str]) -> qemu.Machine:
         memory=options.memory,
         icount=options.icount,
         append=options.append,
+        plugin=options.plugin,
         disks=options.disk,
         share=_share(options.share),
         terminal=not command,

@@ -33,6 +33,7 @@ class Machine:
     kvm: bool = False
     icount: bool = False
     append: str = ""
+    plugin: str | None = None
     disks: list[Disk] = field(default_factory=list)
     share: Path | None = None
     terminal: bool = False
@@ -56,6 +57,8 @@ def command_line(
     arguments += ["-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     arguments += ["-kernel", str(kernel.image), "-initrd", f"/proc/self/fd/{initramfs}"]
     arguments += ["-append", f"{_CMDLINE} {machine.append}".strip()]
+    if machine.plugin:
+        arguments += ["-plugin", machine.plugin]
     arguments += _mount("root", Path("/"), ",readonly=on")
     if machine.share:
         arguments += _mount("share", machine.share, "")
