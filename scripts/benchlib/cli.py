@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,12 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.native:
             Progress.clock = Clock()
-            result = _measure(options, options.parts, instructions=False)
-        else:
-            result = _measure_in_vms(options)
-        result |= _circumstances(options, arguments, result)
-        out = options.out or _default_out(options, result["kernel"])
-        _publish(report.join(result, _earlier(out)), out)
+        for parts, result in _measured(options):
+            # each by itself, so that it stays if a later one fails
+            result |= _circumstances(options, arguments, parts, result)
+            out = options.out or _default_out(options, result["kernel"])
+            written = _write(report.join(result, _earlier(out)), out)
+        _print(written)
         return 0
     except BenchError as error:
         say(str(error))
@@ -205,15 +205,14 @@ def _inside(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure_in_vms(options: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    memory = []
+def _measured(options: argparse.Namespace) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Parts, and what was found: here all at once, or each in the VM that is for it."""
+    if options.native:
+        yield options.parts, _measure(options, options.parts, instructions=False)
+        return
     for part, machine in _VMS.items():
         if part in options.parts:
-            found = _in_vm(options, part, machine)
-            memory += found["memory"]
-            result |= found
-    return result | {"memory": memory}
+            yield [part], _in_vm(options, part, machine)
 
 
 def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
@@ -247,7 +246,7 @@ def _in_vm(options: argparse.Namespace, part: str, machine: list[str]) -> Any:
 
 
 def _circumstances(
-    options: argparse.Namespace, arguments: list[str], result: dict[str, Any]
+    options: argparse.Namespace, arguments: list[str], parts: list[str], result: dict[str, Any]
 ) -> dict[str, Any]:
     run = {
         "command": shlex.join(["scripts/bench", *arguments]),
@@ -257,7 +256,7 @@ def _circumstances(
         "repeats": options.repeats,
         "span": options.span * MIB,
     }
-    runs = {part: run for part in PARTS if part in options.parts}
+    runs = {part: run for part in PARTS if part in parts}
     if "speed" in runs:
         runs["speed"] = run | {"repeats": result["rounds"]}
     return {"clock": "wall" if options.native else "instructions", "runs": runs}
@@ -286,22 +285,25 @@ def _commit() -> str:
 def _render(out: Path | None) -> int:
     if not out or not (result := _earlier(out)):
         raise BenchError("--render needs --out NAME of what was measured: there must be a NAME.json")
-    _publish(result, out)
+    _print(_write(result, out))
     return 0
 
 
-def _publish(result: dict[str, Any], out: Path) -> None:
-    """Tables to stdout, files to out with their suffixes."""
+def _write(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The files, out with their suffixes. The result as they hold it: its keys are text."""
 
     def path(suffix: str) -> Path:
         return out.with_name(out.name + suffix)
 
-    # tables are of what the file holds, whose keys are text
     text = json.dumps(result, indent=1)
     result = json.loads(text)
     path(".json").write_text(text + "\n")
     pictures = plot.plot(result, out)
-    for table in report.tables(result).values():
-        print(table, end="\n\n", flush=True)
     path(".md").write_text(report.markdown(result, out.name, [picture.name for picture in pictures]))
     say(f"wrote {os.path.relpath(path('.md'))}, .json and {len(pictures)} pictures")
+    return result
+
+
+def _print(result: dict[str, Any]) -> None:
+    for table in report.tables(result).values():
+        print(table, end="\n\n", flush=True)
