@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lib.tools import read, wait_until
-from ublkd import inventory, supervisor
+from ublkd import inventory, supervisor, targets
 from ublkd.config.schema import DeviceSpec
 from ublkd.control import uapi
 from ublkd.shm import reader
@@ -113,9 +113,20 @@ def reap(pid: int) -> int | None:
         return None
 
 
+def _usual(target: str, settings: dict[str, Any]) -> dict[str, str]:
+    """What UBLKD_TEST_SETTINGS (like transport=copy,batch=on) says that devices have, where they and the test can."""
+    words = os.environ.get("UBLKD_TEST_SETTINGS", "").split(",")
+    usual = dict(word.split("=", 1) for word in words if word)
+    if usual.get("transport") not in targets.get(target).transports:
+        usual.pop("transport", None)
+    if "workers_per_queue" in settings:
+        usual.pop("batch", None)
+    return usual
+
+
 def start(target: str, file: object = None, **settings: Any) -> Device:
     """Serve a device: four queues unless said otherwise."""
-    values = {"queues": 4, "depth": 64, "log_level": "debug", **settings}
+    values = {"queues": 4, "depth": 64, "log_level": "debug", **_usual(target, settings), **settings}
     if file is not None:
         values["file"] = str(file)
     return Device(supervisor.run_background(DeviceSpec(target=target, **values)))
