@@ -155,9 +155,7 @@ def _rounds(
 
     A peer that fails leaves subjects for skipped, with the reason.
     """
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {
-        name: {cell.key: [] for cell in cells} for name in subjects
-    }
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {name: {cell.key: [] for cell in cells} for name in subjects}
     names = list(subjects)
     progress = Progress("turn", repeats * len(names))
     for number in range(repeats):

@@ -56,10 +56,7 @@ def pairs(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Who is compared with whom, of those that were measured."""
     subjects = result["subjects"]
     return [
-        (name, other)
-        for name in subjects
-        for other in subjects[name]["against"]
-        if fnmatch.filter(subjects, other)
+        (name, other) for name in subjects for other in subjects[name]["against"] if fnmatch.filter(subjects, other)
     ]
 
 
@@ -194,7 +191,10 @@ _MEMORY_FIELDS = ("pss", "pss_anon", "pss_file", "pss_shmem", "private_dirty")
 def clock(result: dict[str, Any]) -> str:
     """What the figures count, in a sentence."""
     if result["clock"] == "instructions":
-        return "The clock counts an emulated CPU's instructions, 4 ns each: figures are only to be compared."
+        return (
+            "The clock counts an emulated CPU's instructions, 4 ns each: figures are only to be compared. "
+            "No autogroups."
+        )
     return "The clock is the machine's own."
 
 
@@ -206,9 +206,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "devices": {"devices": devices_table},
         "memory": {"memory": memory_table},
     }
-    return {
-        name: make(result) for part, some in makers.items() if result.get(part) for name, make in some.items()
-    }
+    return {name: make(result) for part, some in makers.items() if result.get(part) for name, make in some.items()}
 
 
 def _runs(result: dict[str, Any]) -> list[str]:

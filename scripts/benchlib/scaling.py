@@ -29,9 +29,7 @@ def choose(names: list[str]) -> list[str]:
     return [name for name in NAMES if (not names or name in names) and not SUBJECTS[name]().missing()]
 
 
-def measure(
-    names: list[str], repeats: int, milliseconds: int, span: int, instructions: bool
-) -> dict[str, Any]:
+def measure(names: list[str], repeats: int, milliseconds: int, span: int, instructions: bool) -> dict[str, Any]:
     """samples[subject][queues][cell]: I/Os per second, one per repeat."""
     counts = [count for count in COUNTS if count <= (os.cpu_count() or 1)]
     chosen = choose(names)
