@@ -10,13 +10,12 @@
 #define SECTOR_SHIFT 9
 
 /* 0 if a target may see the request, else the errno to answer it with. dev_sectors: what the device has. */
-static inline int check_request(const struct ublkd_queue *q, const struct ublksrv_io_desc *iod, uint8_t op,
-			 uint64_t dev_sectors)
+static inline int check_request(const struct ublkd_queue *q, const struct ublksrv_io_desc *iod, uint64_t dev_sectors)
 {
 	const uint32_t sectors = iod->nr_sectors;
 	uint32_t most;
 
-	switch (op) {
+	switch (iod->op_flags & 0xff) {
 	case UBLKD_OP_FLUSH:
 		return 0;
 	case UBLKD_OP_READ:
@@ -44,7 +43,7 @@ static bool carries_data(const struct ublkd_queue *q, const struct ublkd_io *io)
 static inline int dispatch(struct ublkd_queue *q, uint16_t tag, uint64_t dev_sectors)
 {
 	struct ublkd_io *io = &q->ios[tag];
-	const struct ublksrv_io_desc *iod = &q->iods[tag];
+	const struct ublksrv_io_desc iod = q->iods[tag];
 	int err;
 
 	if (io->state != UBLKD_IO_DRIVER)
@@ -53,14 +52,14 @@ static inline int dispatch(struct ublkd_queue *q, uint16_t tag, uint64_t dev_sec
 	if (q->drain == UBLKD_DRAIN_HOLD)
 		return 0;
 	q->in_hand++;
-	io->op = iod->op_flags & 0xff;
-	io->flags = iod->op_flags;
-	io->offset = iod->start_sector << SECTOR_SHIFT;
-	io->length = io->op == UBLKD_OP_FLUSH ? 0 : iod->nr_sectors << SECTOR_SHIFT;
+	io->op = iod.op_flags & 0xff;
+	io->flags = iod.op_flags;
+	io->offset = iod.start_sector << SECTOR_SHIFT;
+	io->length = io->op == UBLKD_OP_FLUSH ? 0 : iod.nr_sectors << SECTOR_SHIFT;
 	io->start_ns = q->now_ns;
 	memset(io->priv, 0, sizeof(io->priv));
 
-	err = check_request(q, iod, io->op, dev_sectors);
+	err = check_request(q, &iod, dev_sectors);
 	io->fixed = q->fixes && !(io->flags & UBLK_IO_F_NEED_REG_BUF);
 	if (!err && io->op == UBLKD_OP_WRITE && carries_data(q, io)) {
 		int64_t n = q->tp->pull(q, io, 0, io->buf, io->length);
