@@ -119,7 +119,8 @@ def _usual(target: str, settings: dict[str, Any]) -> dict[str, str]:
     usual = dict(word.split("=", 1) for word in words if word)
     if usual.get("transport") not in targets.get(target).transports:
         usual.pop("transport", None)
-    if "workers_per_queue" in settings:
+    unbatched = settings.get("transport") == "copy" or settings.get("on_crash", "requeue") != "requeue"
+    if unbatched or "workers_per_queue" in settings:
         usual.pop("batch", None)
     return usual
 
