@@ -74,6 +74,13 @@ def test_asked_for_in_vain(features: int, settings: dict[str, Any], why: str) ->
     assert create.about_batch(*about, "off", features == NEW) == "off: --batch is off"
 
 
+def test_largest_request() -> None:
+    usual, set_to = DeviceSpec(target="memory"), DeviceSpec(target="memory", max_io_size="64K")
+    for transport in create.TRANSPORTS:
+        assert create.max_io_bytes(usual, transport) == (512 << 10 if transport == "copy" else 1 << 20)
+        assert create.max_io_bytes(set_to, transport) == 64 << 10
+
+
 def test_workers_that_share_a_queue() -> None:
     each_tag = uapi.FLAGS["PER_IO_DAEMON"].value
     shards = uapi.FLAGS["SHARDS"].value

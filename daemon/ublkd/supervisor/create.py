@@ -147,7 +147,7 @@ def choose_flags(spec: DeviceSpec, target: ControlTarget, transport: str, featur
 
 
 def max_io_bytes(spec: DeviceSpec, transport: str) -> int:
-    """The device's largest request: as set, else what one of 1 MiB, the kernel's usual most, costs no memory for."""
+    """The device's largest request: as set, else the kernel's usual most, and half where each tag fills a buffer."""
     return spec.max_io_size or (512 if transport == "copy" else 1024) << 10
 
 

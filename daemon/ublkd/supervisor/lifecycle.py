@@ -269,6 +269,7 @@ def plan(spec: DeviceSpec) -> dict[str, Any]:
             "queues": spec.queues,
             "workers_per_queue": spec.workers_per_queue,
             "depth": spec.depth,
+            "max_io_size": spec.max_io_size,
             **limits._asdict(),
             **target.details(),
         }

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.dont_write_bytecode = True
 
-from benchlib import processes, subjects, system  # noqa: E402
+from benchlib import fio, processes, subjects, system  # noqa: E402
 
 SPAN = 64 << 20
 # of a clock that counts instructions
@@ -42,11 +42,10 @@ def count(name: str, rw: str, depth: int, share: Path) -> dict[str, object]:
                 lab.fill(device)
             system.without_scheduler(device)
             system.run("udevadm", "settle")
-        output = lab.directory / "fio.json"
-        options = [f"--filename={device}", f"--size={SPAN}", "--ioengine=io_uring", "--direct=1", "--thread=1"]
-        options += ["--time_based=1", "--norandommap=1", f"--rw={rw}", "--bs=4k", f"--iodepth={depth}"]
-        options += ["--output-format=json", f"--output={output}"]
-        load = subprocess.Popen(["fio", "--name=load", f"--runtime={RUN_S}s", *options])
+        cell = fio.Cell("load", "", rw, "4k", depth)
+        jobs, output = lab.directory / "load.fio", lab.directory / "fio.json"
+        jobs.write_text(fio.job_file(device, SPAN, RUN_S * 1000, [], (cell,), warm_up=False))
+        load = subprocess.Popen(["fio", "--output-format=json", f"--output={output}", jobs])
         # not by the clock, which jumps while fio waits for its own pages
         system.wait_for("fio", lambda: processes.total_cpu_ns(load.pid) > SETTLED_NS, timeout=1e6)
         running = [found for pid in os.listdir("/proc") if pid.isdigit() and (found := code(pid))]
@@ -55,10 +54,10 @@ def count(name: str, rw: str, depth: int, share: Path) -> dict[str, object]:
         subprocess.run([HERE / "build" / "mark"], check=True)
         if load.wait():
             raise system.BenchError(f"fio on {name} failed")
-        job = json.loads(output.read_text())["jobs"][0]
+        sample = fio.parse(output.read_text())[cell.key]
         symbols = Path("/proc/kallsyms").read_text()
     (share / f"symbols.{name}").write_text(symbols)
-    return {"disk": name, "processes": running, "iops": job["read"]["iops"] or job["write"]["iops"]}
+    return {"disk": name, "processes": running, "iops": sample["iops"]}
 
 
 def main() -> None:

@@ -57,10 +57,10 @@ class Symbols:
 def user(address: int, processes: list[list[str]]) -> str:
     for name, *lines in processes:
         for line in lines:
-            span, *_, path = line.split(None, 5) if line.count("/") or "[" in line else (*line.split(), "")
+            span, *_, path = (line + " no file").split(None, 5)
             low, high = (int(end, 16) for end in span.split("-"))
             if low <= address < high:
-                return f"{name}: {path.split('/')[-1]}"
+                return f"{name}: {path.removesuffix(' no file').split('/')[-1]}"
     return "other programs"
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,12 +30,11 @@ def main() -> None:
         devices = {}
         for name, words in DISKS.items():
             for n in workers:
-                options = ["--size", str(SPAN), "-q", "1", "--workers-per-queue", str(n)]
-                device = system.run(subjects.ublkd(), "add", *words, *options).strip()
-                lab.later(system.run, subjects.ublkd(), "del", "--force", device)
-                lab.fill(device)
-                devices[name, n] = device
+                options = ["--size", str(SPAN), "--queues", "1", "--workers-per-queue", str(n)]
+                devices[name, n] = subjects.add_device(lab, *words, *options)["path"]
+                lab.fill(devices[name, n])
                 samples.setdefault(name, {})[n] = {cell.key: [] for cell in CELLS}
+        system.run("udevadm", "settle")
         for number in range(ROUNDS):
             for (name, n), device in devices.items():
                 system.say(f"round {number + 1} of {ROUNDS}: {name}, {n} workers")
@@ -51,6 +49,4 @@ def main() -> None:
             print(f"{name}, {key}: IOPS by those of one worker: {gains}", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    subprocess.run(["udevadm", "settle"], check=False)
-    main()
+main()
