@@ -42,6 +42,9 @@ def count(name: str, rw: str, depth: int, share: Path) -> dict[str, object]:
                 lab.fill(device)
             system.without_scheduler(device)
             system.run("udevadm", "settle")
+            servers = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in subject.pids()]
+        # udev's helpers end when they had nothing to do for 3 s, which would be counted
+        time.sleep(5)
         cell = fio.Cell("load", "", rw, "4k", depth)
         jobs, output = lab.directory / "load.fio", lab.directory / "fio.json"
         jobs.write_text(fio.job_file(device, SPAN, RUN_S * 1000, [], (cell,), warm_up=False))
@@ -57,7 +60,7 @@ def count(name: str, rw: str, depth: int, share: Path) -> dict[str, object]:
         sample = fio.parse(output.read_text())[cell.key]
         symbols = Path("/proc/kallsyms").read_text()
     (share / f"symbols.{name}").write_text(symbols)
-    return {"disk": name, "processes": running, "iops": sample["iops"]}
+    return {"disk": name, "servers": servers, "processes": running, "iops": sample["iops"]}
 
 
 def main() -> None:

@@ -54,14 +54,15 @@ class Symbols:
         return *self._names[i], self._at[i] == address
 
 
-def user(address: int, processes: list[list[str]]) -> str:
+def user(address: int, processes: list[list[str]]) -> tuple[str, str]:
+    """The program, and it with the file."""
     for name, *lines in processes:
         for line in lines:
             span, *_, path = (line + " no file").split(None, 5)
             low, high = (int(end, 16) for end in span.split("-"))
             if low <= address < high:
-                return f"{name}: {path.removesuffix(' no file').split('/')[-1]}"
-    return "other programs"
+                return name, f"{name}: {path.removesuffix(' no file').split('/')[-1]}"
+    return "", "unknown"
 
 
 def layer(name: str, module: str) -> str:
@@ -87,9 +88,9 @@ def table(share: Path) -> dict[str, Any]:
                 calls[name] += times if begins else 0
                 where = layer(name, module)
             else:
-                name = user(address, run["processes"])
-                where = "fio" if name.startswith("fio:") else "server, outside of the kernel"
-                where = name if name == "other programs" else where
+                program, name = user(address, run["processes"])
+                known = {"fio": "fio", **dict.fromkeys(run["servers"], "server, outside of the kernel")}
+                where = known.get(program, "other programs")
             instructions[name] += size * times
             layers[where] += size * times
         ios = calls[ENTRY.get(run["disk"], REQUEST)]
@@ -99,7 +100,7 @@ def table(share: Path) -> dict[str, Any]:
         run["functions"] = {
             name: [round(n / ios, 1), round(calls[name] / ios, 3)] for name, n in instructions.most_common() if n > ios
         }
-        del run["processes"]
+        del run["processes"], run["servers"]
     return dict(told)
 
 

@@ -15,7 +15,7 @@ sys.dont_write_bytecode = True
 
 from benchlib import fio, subjects, system  # noqa: E402
 
-ROUNDS, MILLISECONDS, SPAN = 5, 3000, 64 << 20
+ROUNDS, MILLISECONDS, SPAN = 5, 3000, 8 << 20
 CELLS = (
     fio.Cell("read-4k-16", "4k read, depth 16", "randread", "4k", 16),
     fio.Cell("write-4k-16", "4k write, depth 16", "randwrite", "4k", 16),
