@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -276,6 +277,39 @@ def test_a_new_start_takes_the_device_over(serve: Callable[..., Device], image: 
     named.gone = True
     forget(again.path)
     assert (again.id, pread(again.path, 4, 4096)) == (9, b"kept")
+
+
+@pytest.mark.parametrize("kind", ["file", "disk"])
+def test_a_backing_that_is_let_go_of_late(
+    kind: str, serve: Callable[..., Device], request: pytest.FixtureRequest
+) -> None:
+    """The workers of a dead supervisor end after it, and hold their backing until then; here, the test does."""
+    backing = request.getfixturevalue("image")(SIZE) if kind == "file" else request.getfixturevalue("raw_disk")
+    device = serve("loop", backing, queues=1, start_timeout=8)
+    pwrite(device.path, b"kept", MIB)
+    [worker] = device.workers()
+    device.kill_supervisor()
+    wait_until(lambda: not os.path.exists(f"/proc/{worker}/exe"), "the worker is ended")
+    recover = ["recover", device.id]
+    holder = os.open(backing, os.O_RDWR | (os.O_EXCL if kind == "disk" else 0))
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        done = cli(*recover)
+        assert done.status != 0 and done.err.count("\n") == 1, done.err
+        assert (f"a worker of {device.path} or another program" if kind == "file" else "is in use") in done.err
+        assert device.state == "quiesced"
+        pid = os.fork()
+        if pid == 0:  # a file is held until the last that has it open is gone
+            time.sleep(0.5)
+            os._exit(0)
+    finally:
+        os.close(holder)
+    done = cli(*recover)
+    os.waitpid(pid, 0)
+    assert (done.status, done.out) == (0, f"{device.path}\n"), done.err
+    device.supervisor = device.record["supervisor"]["pid"]
+    forget(device.path)
+    assert pread(device.path, 4, MIB) == b"kept"
 
 
 @pytest.mark.parametrize("who", ["worker", "supervisor"])

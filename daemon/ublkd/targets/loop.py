@@ -7,11 +7,19 @@ import errno
 import fcntl
 import os
 import stat
+import time
+from typing import TYPE_CHECKING, TypeVar
 
 from ublkd import native
 from ublkd.errors import UblkdError, UsageError
 from ublkd.targets.base import MAX_RANGE_BYTES, ControlTarget, Limits
 from ublkd.targets.sizes import block_sizes, whole_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LOOK_AGAIN_S = 0.01
+T = TypeVar("T")
 
 
 class LoopTarget(ControlTarget):
@@ -21,6 +29,8 @@ class LoopTarget(ControlTarget):
     transports = ("zero-copy", "copy", "user-copy")
     _fd = -1
     _dio_align = 0
+    _taken_over: int | None = None  # the device that had a server before
+    _patient_until = 0.0
 
     def preflight(self) -> None:
         self._path = os.path.abspath(self.spec.file or "")
@@ -29,6 +39,8 @@ class LoopTarget(ControlTarget):
     def open(self, dev_id: int | None = None) -> Limits:
         spec = self.spec
         self._path = os.path.abspath(spec.file or "")
+        self._taken_over = dev_id
+        self._patient_until = time.monotonic() + spec.start_timeout if dev_id is not None else 0
         st = self._stat()
         self._is_bdev = stat.S_ISBLK(st.st_mode)
         self._id = f"{os.major(st.st_rdev)}:{os.minor(st.st_rdev)}" if self._is_bdev else f"{st.st_dev}:{st.st_ino}"
@@ -61,9 +73,19 @@ class LoopTarget(ControlTarget):
         if self._is_bdev and not self.spec.read_only and not self.spec.force:
             flags |= os.O_EXCL
         try:
-            return os.open(self._path, flags)
+            return self._claimed(lambda: os.open(self._path, flags))
         except OSError as e:
             raise self._open_error(e) from None
+
+    def _claimed(self, claim: Callable[[], T]) -> T:
+        """claim(), repeated while a server that died still holds the file: its workers end a moment after it."""
+        while True:
+            try:
+                return claim()
+            except OSError as e:
+                if e.errno not in (errno.EBUSY, errno.EWOULDBLOCK) or time.monotonic() >= self._patient_until:
+                    raise
+            time.sleep(_LOOK_AGAIN_S)
 
     def _open_error(self, e: OSError) -> UblkdError:
         if e.errno == errno.EBUSY:
@@ -84,21 +106,26 @@ class LoopTarget(ControlTarget):
         """One writer alone, or any number of readers; workers hold the lock too, through the inherited file."""
         if self.spec.force:
             return
+        how = (fcntl.LOCK_SH if self.spec.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if self.spec.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            self._claimed(lambda: fcntl.flock(self._fd, how))
         except BlockingIOError:
-            raise UsageError(
-                f"the backing file {self._path} is already being served{self._holder()}",
-                hint="--force serves it all the same; two writers corrupt it",
-            ) from None
+            raise self._locked() from None
 
-    def _holder(self) -> str:
+    def _locked(self) -> UblkdError:
         from ublkd import inventory
 
-        for record in inventory.records():
-            if record.get("backing_id") == self._id:
-                return f" as {record.get('path')}"
-        return " or locked by another program"
+        holder = next((record for record in inventory.records() if record.get("backing_id") == self._id), None)
+        if holder and holder["id"] == self._taken_over:
+            return UblkdError(
+                f"the backing file {self._path} is still locked, by a worker of {holder['path']} or another program",
+                hint="a worker ends as soon as the file answers it; `lslocks` names who has the lock",
+            )
+        where = f" as {holder['path']}" if holder else " or locked by another program"
+        return UsageError(
+            f"the backing file {self._path} is already being served{where}",
+            hint="--force serves it all the same; two writers corrupt it",
+        )
 
     def _limits(self, st: os.stat_result) -> Limits:
         spec = self.spec
