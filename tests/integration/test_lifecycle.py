@@ -358,6 +358,17 @@ def test_a_lazy_removal_waits_for_the_last_user(served: bool, serve: Callable[..
     assert device.state == "gone"
 
 
+def test_a_removal_waits_for_udev(serve: Callable[..., Device], tmp_path: Path) -> None:
+    """It has a disk open for a moment whenever somebody has closed it; on a busy machine a long one."""
+    device = serve("memory", size=MIB, queues=1)
+    (tmp_path / "systemd-udevd").symlink_to("/bin/sleep")
+    udev = subprocess.Popen([tmp_path / "systemd-udevd", "3"], stdin=open(device.path, "rb"))  # noqa: SIM115
+    done = cli("del", device.id)
+    assert (done.status, done.err, udev.wait()) == (0, "", 0)
+    device.gone = True
+    assert os.waitpid(device.supervisor, 0)[1] == 0
+
+
 @pytest.fixture
 def shared_mounts() -> Iterator[None]:
     """Mounts travel between namespaces, as systemd sets it up."""

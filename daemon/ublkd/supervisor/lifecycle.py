@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from ublkd.targets.base import ControlTarget
 
 
-# Whoever uses a disk for no longer than this does not keep it from being removed.
+# Whoever uses a disk for no longer than this does not keep it from being removed; udev opens it for as long as its
+# queue and the backing take, whenever somebody has closed it.
 _PASSER_BY_S = 1.0
+_UDEV_S = 10.0
+_UDEV = ("(systemd-udevd)", "((udev-worker))", "(udevd)")
 _LOOK_AGAIN_S = 0.1
 _MOST_FDS = 1 << 20
 
@@ -370,14 +373,19 @@ def users_of(dev_id: int) -> list[str]:
     return found + [f"open in process {pid} ({name})" for pid, name in openers(dev_id)]
 
 
-def _wait_unused(dev_id: int, timeout: float | None, say: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Until nobody uses the disk, or timeout seconds passed (None: for ever): who still does."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+def _patience(users: list[str]) -> float:
+    """How many seconds to wait for users that may be passers-by."""
+    return _UDEV_S if users and all(user.endswith(_UDEV) for user in users) else _PASSER_BY_S
+
+
+def _wait_unused(dev_id: int, lazy: bool, say: Callable[[str], None]) -> list[str]:
+    """Until nobody uses the disk, if lazy, else no longer than for passers-by: who still does."""
+    began = time.monotonic()
     before: list[str] = []
     while users := users_of(dev_id):
-        if deadline is not None and time.monotonic() >= deadline:
+        if not lazy and time.monotonic() >= began + _patience(users):
             return users
-        if users != before:
+        if lazy and users != before:
             say(f"device {dev_id} is in use: {', '.join(users)}")
             before = users
         time.sleep(_LOOK_AGAIN_S)
@@ -395,8 +403,7 @@ def stop_device(
 
     say is called with a line whenever those that are waited for change.
     """
-    # udev opens a disk for a moment whenever somebody closes it.
-    users = [] if force else _wait_unused(dev_id, None if lazy else _PASSER_BY_S, say if lazy else lambda text: None)
+    users = [] if force else _wait_unused(dev_id, lazy, say)
     if users:
         raise UblkdError(
             f"device {dev_id} is in use: {', '.join(users)}",
@@ -439,7 +446,7 @@ def _stop_unless_open(dev_id: int, timeout: float, lazy: bool) -> bool:
     with Control() as ctl:
         if not ctl.get_features().has("SAFE_STOP_DEV"):
             return False
-        deadline = time.monotonic() + _PASSER_BY_S
+        began = time.monotonic()
         while True:
             try:
                 ctl.try_stop(dev_id, timeout=timeout)
@@ -447,7 +454,7 @@ def _stop_unless_open(dev_id: int, timeout: float, lazy: bool) -> bool:
             except DriverError as e:
                 if e.errno != errno.EBUSY:
                     return False  # the supervisor's own stop says what is wrong
-                if not lazy and time.monotonic() >= deadline:
+                if not lazy and time.monotonic() >= began + _patience(users_of(dev_id)):
                     raise UblkdError(
                         f"device {dev_id} is in use",
                         hint="--lazy waits until it is not, --force stops it all the same",
