@@ -190,6 +190,10 @@ def _advice(disk: Disk) -> Iterator[Remark]:
         if shown.get("target") == "python":
             why += ", for a class that says `multiprocess`"
         yield Remark("queues", str(queues), why, "docs/architecture.md")
+    shares = disk.settings.get("workers_per_queue")
+    if isinstance(shares, int) and shares > 1 and shown.get("target") != "python":
+        why = "pays where the worker takes most of the time; with a worker more, a memory disk had 0.40 of its 4k reads"
+        yield Remark("workers_per_queue", str(shares), why, "docs/benchmarks/workers-per-queue.md")
     if isinstance(depth, int) and depth < _FEW_TAGS:
         why = "more requests than this wait outside: --depth at its creation, 128 unless said otherwise"
         yield Remark("depth", str(depth), why, _said(disk, "depth"))

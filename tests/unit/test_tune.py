@@ -174,15 +174,17 @@ class TestRules:
             place = machine.root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq"
             place.mkdir(parents=True)
             (place / "scaling_governor").write_text(f"{governor}\n")
-        disk = served(machine.add(), depth=4)
+        disk = served(machine.add(), depth=4, workers_per_queue=2)
         grouping = machine.root / "proc/sys/kernel/sched_autogroup_enabled"
         grouping.parent.mkdir(parents=True, exist_ok=True)
         grouping.write_text("0\n")
         assert "autogroups" not in {remark.key for remark in planned(disk).advice}
         grouping.write_text("1\n")
         advice = {remark.key: remark for remark in planned(disk).advice}
-        assert set(advice) == {"queues", "depth", "governor", "autogroups"}
+        assert set(advice) == {"queues", "workers_per_queue", "depth", "governor", "autogroups"}
         assert advice["governor"].value == "powersave" and "CPU 1" in advice["governor"].why
+        disk.shown["target"] = "python"
+        assert "workers_per_queue" not in {remark.key for remark in planned(disk).advice}
 
     def test_every_reason_is_there_and_a_line(self, machine: Machine, cores: None) -> None:
         disk = served(machine.add(nr_requests="1", max_sectors_kb="4"), cpus=(0, 0), depth=4)
