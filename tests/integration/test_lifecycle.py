@@ -151,7 +151,7 @@ def as_json(*argv: object) -> Any:
 
 def test_list_and_show(serve: Callable[..., Device], image: Callable[..., Path]) -> None:
     backing = image(64 * MIB)
-    loop = serve("loop", backing, depth=32)
+    loop = serve("loop", backing, depth=32, batch="off")
     memory = serve("memory", size=MIB, queues=1, number=9)
     listed = {entry["path"]: entry for entry in as_json("list")}
     assert set(listed) == {loop.path, "/dev/ublkb9"} and memory.id == 9

@@ -259,7 +259,7 @@ def test_a_device_that_crashes_all_the_time_waits(serve: Callable[..., Device]) 
 def test_a_new_start_takes_the_device_over(serve: Callable[..., Device], image: Callable[..., Path]) -> None:
     """As a service manager restarts it, or a user: the same disk, by its file or by its number."""
     backing = image(SIZE)
-    device = serve("loop", backing, queues=2)
+    device = serve("loop", backing, queues=2, transport="auto", batch="off")  # as for the command
     with open(device.path, "rb"):
         device.kill_supervisor()
         done = cli("add", "loop", backing, "-q", 4)

@@ -160,7 +160,7 @@ def test_a_read_only_python_target_and_its_errors(serve: Callable[..., Device]) 
 
 
 def test_example_ram_disk(serve: Callable[..., Device]) -> None:
-    device = serve("python", EXAMPLE, size=SIZE)
+    device = serve("python", EXAMPLE, size=SIZE, transport="auto", batch="off")
     assert device.record["transport"] == ("user-copy" if has("USER_COPY") else "copy")
     fio(device.path, {**JOBS[0], "size": MIB}, {**JOBS[1], "size": 2 * MIB})
 

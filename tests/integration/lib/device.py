@@ -117,7 +117,8 @@ def _usual(target: str, settings: dict[str, Any]) -> dict[str, str]:
     """What UBLKD_TEST_SETTINGS (like transport=copy,batch=on) says that devices have, where they and the test can."""
     words = os.environ.get("UBLKD_TEST_SETTINGS", "").split(",")
     usual = dict(word.split("=", 1) for word in words if word)
-    if usual.get("transport") not in targets.get(target).transports:
+    transport = usual.get("transport")
+    if transport not in targets.get(target).transports or (transport == "copy" and settings.get("batch") == "on"):
         usual.pop("transport", None)
     unbatched = settings.get("transport") == "copy" or settings.get("on_crash", "requeue") != "requeue"
     if unbatched or "workers_per_queue" in settings:
