@@ -11,7 +11,7 @@ from typing import Any
 
 from . import fio, processes
 from .subjects import SUBJECTS, Subject, Ublkd, add_device, expand, ublkd
-from .system import BenchError, Lab, Progress, clock_kept, drop_caches, run, say, without_scheduler
+from .system import BenchError, Lab, Progress, clock_kept, run, say, without_scheduler
 
 FORMAT = 2
 WORKERS = (1, 4)
@@ -168,9 +168,7 @@ def _rounds(
             subject = subjects.get(name)
             if not subject:
                 continue
-            drop_caches()
-            if subject.caches and subject.image:
-                run("dd", f"if={subject.image}", "of=/dev/null", "bs=1M", "status=none")
+            subject.reset_page_cache()
             try:
                 taken = fio.measure(devices[name], lab.span, milliseconds, subject.pids(), lab.directory, cells)
             except BenchError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import kublk
-from .system import BenchError, Lab, block, module_exists, run, wait_for, write
+from .system import BenchError, Lab, block, drop_caches, module_exists, run, wait_for, write
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
@@ -53,6 +53,15 @@ class Subject:
         """The file behind it, filled."""
         self.image = lab.backing_file(f"{self.name}-{self.queues}.img")
         return self.image
+
+    def reset_page_cache(self) -> None:
+        """Nothing in it but the backing file, where that is to be: its folios are then those of a read, for all alike.
+
+        What was written through a disk has them as large as its requests.
+        """
+        drop_caches()
+        if self.caches and self.image:
+            run("dd", f"if={self.image}", "of=/dev/null", "bs=1M", "status=none")
 
 
 def ublkd() -> Path:

@@ -41,6 +41,7 @@ def count(name: str, rw: str, depth: int, share: Path) -> dict[str, object]:
             if subject.stores:
                 lab.fill(device)
             system.without_scheduler(device)
+            subject.reset_page_cache()
             system.run("udevadm", "settle")
             servers = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in subject.pids()]
         # udev's helpers end when they had nothing to do for 3 s, which would be counted
