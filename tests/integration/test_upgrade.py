@@ -179,6 +179,23 @@ def test_a_new_version_that_is_broken(how: str, serve: Callable[..., Device], tm
         upgrade(device, "--start-timeout", "120")
 
 
+def test_a_roll_back_waits_for_the_file(
+    serve: Callable[..., Device], image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The workers of a new version that dies end after it, and hold its file until then."""
+    backing = image(SIZE)
+    device = serve("loop", backing, queues=1, start_timeout=8)
+    python = tmp_path / "python"
+    lock = f"import fcntl; f = open('{backing}'); fcntl.flock(f, fcntl.LOCK_EX); "
+    body = READY + lock + "os.fork() and os._exit(3); channel.close(); time.sleep(1)"
+    python.write_text(FAKE.format(python=sys.executable, body=body))
+    python.chmod(0o755)
+    with pytest.raises(UblkdError, match="exited with 3 before it was live"):
+        endpoint.ask(device.id, 60, op="upgrade", python=str(python))
+    assert device.state == "live" and device.record["supervisor"]["pid"] == device.supervisor
+    pwrite(device.path, b"on", MIB)
+
+
 def test_a_worker_dies_before_the_new_version_is_ready(serve: Callable[..., Device], tmp_path: Path) -> None:
     device = serve("memory", size=SIZE, queues=2, start_timeout=120)
     with upgrading(device, tmp_path / "python", "sleep 60\n") as s:
