@@ -244,6 +244,11 @@ def die_with_parent(parent_pid: int) -> None:
     _check(lib.ublkd_die_with_parent(parent_pid))
 
 
+def outlive_parent() -> None:
+    """No longer die_with_parent()."""
+    _check(lib.ublkd_outlive_parent())
+
+
 def adopt_orphans() -> None:
     """PR_SET_CHILD_SUBREAPER: processes below us whose parent ends become our children."""
     _check(lib.ublkd_adopt_orphans())

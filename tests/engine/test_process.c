@@ -56,7 +56,11 @@ static void test_die_with_parent(void)
 
 	CHECK_EQ(ublkd_die_with_parent((int)getppid() + 1), -ESRCH);
 	CHECK(strstr(ublkd_last_error(), "supervisor"));
-	CHECK_SYS(prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0));
+	CHECK_SYS(prctl(PR_GET_PDEATHSIG, &status, 0, 0, 0));
+	CHECK_EQ(status, SIGKILL);
+	CHECK_EQ(ublkd_outlive_parent(), 0);
+	CHECK_SYS(prctl(PR_GET_PDEATHSIG, &status, 0, 0, 0));
+	CHECK_EQ(status, 0);
 
 	CHECK_SYS(pipe(fds));
 	parent = (pid_t)CHECK_SYS(fork());

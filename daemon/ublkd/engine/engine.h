@@ -146,6 +146,8 @@ void ublkd_ctrl_destroy(struct ublkd_ctrl *ctrl);
 void ublkd_set_title(const char *title);
 /* Die by SIGKILL when the parent dies. -ESRCH if it is no longer parent_pid. */
 int ublkd_die_with_parent(int parent_pid);
+/* No more of that. */
+int ublkd_outlive_parent(void);
 /* Be the parent of grandchildren whose parent ends. */
 int ublkd_adopt_orphans(void);
 /* Be woken without pushing the running task aside, and see the requests of its whole turn together. */

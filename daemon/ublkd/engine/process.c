@@ -57,6 +57,13 @@ int ublkd_die_with_parent(int parent_pid)
 	return 0;
 }
 
+int ublkd_outlive_parent(void)
+{
+	if (prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0) < 0)
+		return ublkd_error(-errno, "prctl(PR_SET_PDEATHSIG): %s", strerror(errno));
+	return 0;
+}
+
 int ublkd_adopt_orphans(void)
 {
 	if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0)

@@ -67,6 +67,7 @@ class Crew:
         """Open the device and map these queues' command buffers; gives the call that forks a worker."""
         device = self._device
         gate_r, self._gate_w = os.pipe2(os.O_CLOEXEC)
+        fetched_r, fetched_w = os.pipe2(os.O_CLOEXEC)
         before = list(self.workers)
         cdevs: list[int] = []
         cmdbufs: dict[int, native.CommandBuffer] = {}
@@ -81,15 +82,16 @@ class Crew:
                 cmdbufs[q] = native.CommandBuffer(files[q], q, device.info.depth)
             gc.collect()
             gc.freeze()  # children share the pages of what is there now
-            yield lambda post: self._fork(post, files, cmdbufs, gate_r)
+            pipes = {"gate_fd": gate_r, "fetched_r": fetched_r, "fetched_w": fetched_w}
+            yield lambda post: self._fork(post, files, cmdbufs, pipes)
         except BaseException:
-            # Before the gate is closed, which would have those that wait there fetch.
             self.end(besides=before)
             raise
         finally:
+            for fd in (fetched_w, fetched_r, self._gate_w, gate_r):
+                os.close(fd)
+            self._gate_w = -1
             gc.unfreeze()
-            self._close_gate()
-            os.close(gate_r)
             # While we held any of it the driver would never see the device released.
             for cmdbuf in cmdbufs.values():
                 cmdbuf.close()
@@ -108,10 +110,11 @@ class Crew:
 
         Between the first fetch and the last a device is in a state in which a worker had better not die: before
         6.16 see Device.fragile; 7.2 may oops at that queue's next request. What can take its time, or fail, comes
-        before.
+        before; and while they fetch the workers don't die with their supervisor.
         """
         self.await_all("prepared")
-        self._close_gate()
+        # A byte for each: at the mere end of the pipe, which is when we were killed, they give up.
+        os.write(self._gate_w, bytes(len(self._device.posts)))
 
     def await_all(self, word: str) -> None:
         """Wait until every worker has said this; WorkerDied, StopRequested, or UblkdError after start_timeout."""
@@ -128,20 +131,15 @@ class Crew:
                 )
             self.sleep(deadline - time.monotonic(), [w.status_fd for w in late])
 
-    def _close_gate(self) -> None:
-        """The gate is a pipe, and open at its end: should the supervisor be killed, it opens too."""
-        if self._gate_w >= 0:
-            os.close(self._gate_w)
-            self._gate_w = -1
-
-    def _fork(self, post: Post, files: dict[int, int], cmdbufs: dict[int, native.CommandBuffer], gate_fd: int) -> None:
+    def _fork(
+        self, post: Post, files: dict[int, int], cmdbufs: dict[int, native.CommandBuffer], pipes: dict[str, int]
+    ) -> None:
         device, qid, cpu = self._device, post.qid, self._device.cpus[post.slot]
         status_r, status_w = os.pipe2(os.O_CLOEXEC)
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.set_blocking(status_r, False)
         others = [fd for w in self.workers for fd in (w.status_fd, w.pidfd, w.wake_fd)]
         others += set(files.values()) - {files[qid]}
-        gate = [self._gate_w] if self._gate_w >= 0 else []
         plan = worker.WorkerPlan(
             dev_id=device.dev_id,
             name=str(post),
@@ -160,9 +158,9 @@ class Crew:
             target=device.target,
             status_fd=status_w,
             wake_fd=wake_fd,
-            gate_fd=gate_fd,
+            **pipes,
             supervisor_pid=os.getpid(),
-            close_fds=[*others, status_r, *gate, *self._events.fds(), *self._other_fds()],
+            close_fds=[*others, status_r, self._gate_w, *self._events.fds(), *self._other_fds()],
             control=device.ctl,
         )
         gc.disable()

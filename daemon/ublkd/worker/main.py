@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 EXIT_DONE = 0
 EXIT_BOOT = 3  # never served; the reason went through the status pipe
 EXIT_FAILED = 4  # served, then had to give up; likewise
+
+FETCHED_S = 5.0  # at most, for all others to fetch: that takes each of them a moment
 
 
 class WorkerPlan(NamedTuple):
@@ -43,6 +46,8 @@ class WorkerPlan(NamedTuple):
     status_fd: int
     wake_fd: int
     gate_fd: int
+    fetched_r: int
+    fetched_w: int
     supervisor_pid: int
     close_fds: list[int]
     control: Control
@@ -94,10 +99,7 @@ def _serve(plan: WorkerPlan) -> None:
         wake_fd=plan.wake_fd,
     )
     tell(plan.status_fd, prepared=True)
-    os.read(plan.gate_fd, 1)  # to its end, which is when all workers are prepared
-    os.close(plan.gate_fd)
-    queue.fetch()
-    tell(plan.status_fd, ready=True)
+    _fetch_with_the_others(plan, queue)
     ended = native.RUN_WAKE
     try:
         while ended == native.RUN_WAKE:
@@ -108,6 +110,24 @@ def _serve(plan: WorkerPlan) -> None:
         if ended == native.RUN_DONE:
             queue.close()
         target.close()
+
+
+def _fetch_with_the_others(plan: WorkerPlan, queue: native.Queue) -> None:
+    """Once all are prepared. Should the supervisor die meanwhile, all fetch or none does: see Crew.open_gate()."""
+    native.outlive_parent()
+    may_fetch = os.read(plan.gate_fd, 1)
+    os.close(plan.gate_fd)
+    if not may_fetch:
+        raise UblkdError("the supervisor is gone")
+    queue.fetch()
+    with suppress(BrokenPipeError):
+        tell(plan.status_fd, ready=True)
+    os.close(plan.fetched_w)
+    all_have = select.poll()
+    all_have.register(plan.fetched_r)  # at its end, that is: each of the others has fetched or is dead
+    all_have.poll(FETCHED_S * 1000)
+    os.close(plan.fetched_r)
+    native.die_with_parent(plan.supervisor_pid)
 
 
 def main(plan: WorkerPlan) -> NoReturn:
