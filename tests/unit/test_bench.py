@@ -411,7 +411,7 @@ class TestFailingPeer:
             return {"read-4k-1": {"iops": 1.0}}
 
         monkeypatch.setattr(measure.fio, "measure", take)
-        monkeypatch.setattr(measure, "drop_caches", lambda: None)
+        monkeypatch.setattr(Subject, "reset_page_cache", lambda self: None)
         chosen: dict[str, Subject] = {name: SUBJECTS[name]() for name in ("null_blk", "brd")}
         devices = {name: name for name in chosen}
         skipped: dict[str, str] = {}
@@ -428,7 +428,7 @@ class TestFailingPeer:
 
     def test_no_round_is_begun_too_late(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(measure.fio, "measure", lambda *_: {"read-4k-1": {"iops": 1.0}})
-        monkeypatch.setattr(measure, "drop_caches", lambda: None)
+        monkeypatch.setattr(Subject, "reset_page_cache", lambda self: None)
         lab = system.Lab(1 << 20)
         lab.directory = tmp_path
         chosen: dict[str, Subject] = {"brd": SUBJECTS["brd"]()}

@@ -178,8 +178,8 @@ def test_lock_many_readers(image, opened):
 def test_lock_names_the_device(image, opened, monkeypatch):
     target, _ = opened(image)
     records = [
-        {"backing_id": "0:0", "path": "/dev/ublkb6"},
-        {"backing_id": target.backing_id(), "path": "/dev/ublkb7"},
+        {"id": 6, "backing_id": "0:0", "path": "/dev/ublkb6"},
+        {"id": 7, "backing_id": target.backing_id(), "path": "/dev/ublkb7"},
     ]
     monkeypatch.setattr(inventory, "records", lambda: records)
     refused(image, "already being served as /dev/ublkb7")
